@@ -1,0 +1,1 @@
+"""Benchmarks with peers in the same run: `python -m jaxrepro.bench NAME`."""

@@ -1,0 +1,1 @@
+"""Examples, tokenizers, image processing, batches."""

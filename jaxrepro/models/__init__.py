@@ -1,0 +1,1 @@
+"""Models as plain pytrees: `init(key, cfg)`, `apply(params, cfg, ...)`."""

@@ -1,0 +1,1 @@
+"""Array operations: attention, log-probabilities, sampling."""

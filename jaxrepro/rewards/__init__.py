@@ -1,0 +1,1 @@
+"""Answer checkers: `reward(example, text) -> {name: value}`, on the host."""

@@ -1,0 +1,1 @@
+"""The training substrate: state, step, loop, checkpoints, metrics."""
