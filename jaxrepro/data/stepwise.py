@@ -89,3 +89,12 @@ def corrupt(solution: str, rng: np.random.Generator) -> str:
     for i, n in zip(at, numbers):
         parts[i] = (step_header(n), parts[i][1])
     return join_blocks(parts)
+
+
+def format_pieces(max_steps: int) -> tuple[str, ...]:
+    """Vocabulary pieces of the format, one token a header, for solutions of up to max_steps.
+
+    One header more than that, because shifted step numbers need it.
+    """
+    steps = [step_header(i) + "\n" for i in range(1, max_steps + 2)]
+    return (DESCRIPTION + "\n", RATIONALES + "\n", THINK, *steps, ANSWER + "\n")

@@ -1,0 +1,166 @@
+"""Tokenizers: a closed vocabulary for generated tasks, and Hugging Face tokenizers behind one face.
+
+The closed vocabulary has one token a piece (a word, a number, a header line), so a tiny model learns
+the task and not its spelling. Text is split into pieces, longest first; one space between two words
+is implied and comes back when decoding; pieces that begin or end with a line break, and special
+tokens, take no space on that side. What does not survive the round trip is refused, so
+decode(encode(text)) == text holds for every text that encodes.
+
+The special tokens are those of Qwen2-VL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrepro.config import UserError
+
+ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
+SPECIAL = (ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD)
+UNKNOWN = "<|unk|>"
+CHAT_PIECES = ("system\n", "user\n", "assistant\n", "You are a helpful assistant.", "\n", "\n\n")
+
+
+class Tokenizer:
+    """Text to ids and back, for a closed vocabulary or a Hugging Face tokenizer.
+
+    Nothing is added around a text; the chat template (data/chat.py) writes the special tokens.
+    """
+
+    def __init__(self, backend: Any):
+        from tokenizers import models
+
+        self.backend = backend  # a tokenizers.Tokenizer
+        self.closed = isinstance(backend.model, models.WordLevel)
+        self._unknown = backend.token_to_id(UNKNOWN) if self.closed else None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def id(self, token: str) -> int:
+        """The id of one token; UserError when the vocabulary has none."""
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise UserError(f"token {token!r} is not in the vocabulary of {self.vocab_size} tokens")
+        return found
+
+    @property
+    def eos(self) -> int:
+        """The id that ends an assistant turn."""
+        return self.id(IM_END)
+
+    @property
+    def pad(self) -> int:
+        """The id that fills a row on the right; masked everywhere."""
+        return self.id(ENDOFTEXT)
+
+    @property
+    def image_pad(self) -> int:
+        """The id that stands for one visual token."""
+        return self.id(IMAGE_PAD)
+
+    def encode(self, text: str, *, unknown: str = "error") -> list[int]:
+        """The ids of a text, special tokens in it included.
+
+        A closed vocabulary refuses what it can't give back (UserError); unknown="id" writes the
+        id of `<|unk|>` instead and drops the spaces that it can't keep.
+        """
+        if unknown not in ("error", "id"):
+            raise UserError(f"unknown={unknown!r} is not one of 'error', 'id'")
+        try:
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError as e:  # a lone surrogate, or not a string
+            raise UserError(f"{text!r:.60} is not valid Unicode text; remove the character") from e
+        if self.closed and unknown == "error":
+            back = self.decode(ids, skip_special=False)
+            if self._unknown in ids or back != text:
+                at = len(os.path.commonprefix([text, back]))
+                raise UserError(
+                    f"the closed vocabulary ({self.vocab_size} tokens) does not cover the text at "
+                    f"character {at}: {text[at : at + 20]!r}; use its words, or unknown='id'"
+                )
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = True) -> str:
+        """The text of some ids; special tokens are left out unless skip_special is False."""
+        ids = [int(i) for i in ids]
+        return self.backend.decode(ids, skip_special_tokens=skip_special)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write tokenizer.json and a tokenizer_config.json that `transformers` loads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        known = self.backend.get_vocab(with_added_tokens=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": IM_END,
+            "pad_token": ENDOFTEXT,
+            "additional_special_tokens": [t for t in SPECIAL if t in known],
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+
+
+def closed_vocabulary(pieces: Iterable[str]) -> Tokenizer:
+    """A tokenizer whose vocabulary is the special tokens, the chat template's words and `pieces`.
+
+    The ids depend only on the order of the pieces; repeated ones count once. A piece may hold
+    spaces and line breaks inside, but may not begin or end with a space.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    pieces = list(dict.fromkeys([*CHAT_PIECES, *pieces]))
+    for piece in pieces:
+        if not piece or piece != piece.strip(" ") or "<|" in piece or "|>" in piece:
+            raise UserError(
+                f"piece {piece!r} is empty, begins or ends with a space, or looks special"
+            )
+    vocab = {p: i for i, p in enumerate([*SPECIAL, UNKNOWN, *pieces])}
+    backend = Backend(models.WordLevel(vocab, unk_token=UNKNOWN))
+    longest_first = "|".join(re.escape(p) for p in sorted(pieces, key=len, reverse=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(longest_first), "isolated"),
+            pre_tokenizers.Split(Regex("^ $"), "removed"),
+        ]
+    )
+    # WordPiece is the decoder that joins by spaces; its prefix is a character that no piece holds.
+    joined = [decoders.WordPiece(prefix="\0", cleanup=False), decoders.Fuse()]
+    unspaced = [(" \n", "\n"), ("\n ", "\n"), (" <|", "<|"), ("|> ", "|>")]
+    backend.decoder = decoders.Sequence(joined + [decoders.Replace(a, b) for a, b in unspaced])
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    return Tokenizer(backend)
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a folder, a tokenizer.json, or a hub name that is already on this disk."""
+    from tokenizers import Tokenizer as Backend
+
+    file = Path(path)
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if file.is_file():
+        try:
+            return Tokenizer(Backend.from_file(str(file)))
+        except Exception as e:  # the library raises bare Exception
+            raise UserError(f"{file} is not a tokenizer.json that can be read: {e}") from e
+    from transformers import AutoTokenizer
+
+    try:
+        return Tokenizer(AutoTokenizer.from_pretrained(str(path), use_fast=True).backend_tokenizer)
+    except (OSError, ValueError, AttributeError, ImportError) as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(
+            f"no tokenizer at {path} (folder, tokenizer.json or hub name): {first}"
+        ) from e
