@@ -19,6 +19,7 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -98,3 +99,206 @@ def format_pieces(max_steps: int) -> tuple[str, ...]:
     """
     steps = [step_header(i) + "\n" for i in range(1, max_steps + 2)]
     return (DESCRIPTION + "\n", RATIONALES + "\n", THINK, *steps, ANSWER + "\n")
+
+
+class Loaded(NamedTuple):
+    """Records that are whole, and one line of text for each that is not."""
+
+    examples: list[dict[str, Any]]
+    errors: list[str]
+
+
+def read_jsonl(
+    path: str | os.PathLike,
+    *,
+    strict: bool = True,
+    need_key_steps: bool = True,
+    images: str = "open",
+) -> Loaded:
+    """Records of a `.jsonl` or `.jsonl.gz` file as examples; `image` is then an absolute path or None.
+
+    A record without an id is named `<file name>:<line>`. images: "open" reads each picture's file
+    completely, "exists" only looks for it, "skip" does neither. strict raises one UserError that
+    lists the broken records; otherwise they are left out and `errors` says which and why.
+    """
+    if images not in ("open", "exists", "skip"):
+        raise UserError(f"images={images!r} is not one of 'open', 'exists', 'skip'")
+    path = Path(path)
+    examples, errors, seen = [], [], {}
+    for number, line, failure in _lines(path):
+        where = f"{path}:{number}"
+        if failure:
+            errors.append(f"{where}: {failure}")
+            continue
+        try:
+            example = _record(line, path, number, need_key_steps, images)
+            if example["id"] in seen:
+                raise UserError(
+                    f"id {example['id']!r} was used in line {seen[example['id']]}; rename one"
+                )
+        except UserError as e:
+            errors.append(f"{where}: {e}")
+            continue
+        seen[example["id"]] = number
+        examples.append(example)
+    if strict and errors:
+        shown = "; ".join(errors[:5]) + f"; and {len(errors) - 5} more" * (len(errors) > 5)
+        raise UserError(f"{len(errors)} broken records (strict=False leaves them out): {shown}")
+    if not examples and strict:
+        raise UserError(f"{path} holds no record; each line must be one JSON object")
+    return Loaded(examples, errors)
+
+
+def _lines(path: Path) -> Iterable[tuple[int, bytes, str]]:
+    """(line number, line, what went wrong with the file itself), blank lines left out."""
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line, ""
+    except FileNotFoundError as e:
+        raise UserError(f"no data file at {path}") from e
+    except (OSError, EOFError, zlib.error) as e:  # a cut or damaged archive: keep what came before
+        if number == 0:
+            raise UserError(f"{path} can't be read: {e}") from e
+        yield number + 1, b"", f"the file can't be read on from here ({e})"
+
+
+def _record(
+    line: bytes, path: Path, number: int, need_key_steps: bool, images: str
+) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        record = json.loads(text)
+        if "\\u" in text:
+            json.dumps(record, ensure_ascii=False).encode()  # refuses lone surrogates
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"not one JSON object in UTF-8 ({e})") from e
+    if not isinstance(record, dict):
+        raise UserError(f"a record is a JSON object, not {type(record).__name__}")
+    for name in ("problem", "solution"):
+        value = record.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{name!r} must be a text that isn't empty; it is {value!r:.40}")
+    name = record.get("id", f"{path.name}:{number}")
+    if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
+        raise UserError(f"'id' must be a text or a whole number; it is {name!r:.40}")
+    key_steps = record.get("key_steps")
+    if key_steps is None and not need_key_steps:
+        key_steps = {"Steps": []}
+    rest = {k: v for k, v in record.items() if k not in ("image_path", "image")}
+    return {
+        **rest,
+        "id": str(name),
+        "image": _image(record.get("image_path"), path, images),
+        "key_steps": check_key_steps(key_steps),
+    }
+
+
+def _image(name: Any, path: Path, images: str) -> str | None:
+    if name is None:
+        return None
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise UserError(f"'image_path' must name one file, or be null; it is {name!r:.40}")
+    file = (path.parent / name).resolve()
+    try:
+        if images != "skip" and not file.exists():
+            raise UserError(f"image {file} does not exist (image_path {name!r})")
+    except OSError as e:
+        raise UserError(f"image_path {name!r:.60} can't be looked up: {e.strerror}") from e
+    if images == "open":
+        from jaxrepro.data.images import load
+
+        load(str(file))
+    return str(file)
+
+
+def check_key_steps(key_steps: Any) -> dict[str, Any]:
+    """The key steps unchanged, or a UserError: no dict, no list `Steps`, an empty group or text."""
+    if not isinstance(key_steps, Mapping):
+        raise UserError(f"'key_steps' must be an object {{'Steps': [..]}}; it is {key_steps!r:.40}")
+    steps = key_steps.get("Steps")
+    if not isinstance(steps, list):
+        raise UserError(f"'key_steps' needs a list 'Steps'; it has {steps!r:.40}")
+    for j, group in enumerate(steps):
+        alternatives = [group] if isinstance(group, str) else group
+        if not isinstance(alternatives, (list, tuple)) or not alternatives:
+            raise UserError(f"key step {j} must be a text or a list of texts; it is {group!r:.40}")
+        for text in alternatives:
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(
+                    f"key step {j} holds {text!r:.40}; an empty text would match everything"
+                )
+    return dict(key_steps)
+
+
+def write_jsonl(path: str | os.PathLike, examples: Iterable[Mapping[str, Any]]) -> int:
+    """Write examples as records, one line each, and return how many.
+
+    Pictures in memory go to a folder `<name>_images` beside the file; paths are written relative to
+    it. The file appears whole or not at all.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    folder = path.parent / (path.name.removesuffix(".gz").removesuffix(".jsonl") + "_images")
+    count = 0
+    with gzip.open(partial, "wb") if path.suffix == ".gz" else open(partial, "wb") as file:
+        for count, example in enumerate(examples, start=1):
+            check_key_steps(example["key_steps"])
+            image, record = example.get("image"), {k: v for k, v in example.items() if k != "image"}
+            if image is not None and not isinstance(image, (str, os.PathLike)):
+                folder.mkdir(exist_ok=True)
+                picture = folder / f"{count:06d}.png"
+                image.save(picture)
+                image = picture
+            if image is not None:
+                image = os.path.relpath(image, path.parent)
+            record["image_path"] = image
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    os.replace(partial, path)
+    return count
+
+
+def _turns(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(role, text) of a conversation in either spelling: messages or conversations."""
+    turns = record.get("messages") or record.get("conversations") or []
+    names = {"gpt": "assistant", "human": "user"}
+    found = [
+        (t.get("role", t.get("from", "")), t.get("content", t.get("value", ""))) for t in turns
+    ]
+    return [(names.get(role, role), text) for role, text in found]
+
+
+def is_reflective(record: Mapping[str, Any]) -> bool:
+    """Whether an assistant turn of a Mulberry conversation takes a step back (says REFLECTION)."""
+    return any(role == "assistant" and REFLECTION in text for role, text in _turns(record))
+
+
+def drop_reflective(records: Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
+    """The records without reflective ones, as the warm-up of R1-VL takes them, and how many left."""
+    records = list(records)
+    kept = [r for r in records if not is_reflective(r)]
+    return kept, len(records) - len(kept)
+
+
+def from_conversation(
+    record: Mapping[str, Any], *, name: str, folder: str | os.PathLike = "."
+) -> dict:
+    """A Mulberry conversation (one user turn, one assistant turn, at most one image) as an example."""
+    turns = [t for t in _turns(record) if t[0] != "system"]
+    images = record.get("images") or ([record["image"]] if record.get("image") else [])
+    roles = Counter(role for role, _ in turns)
+    if roles != {"user": 1, "assistant": 1} or turns[0][0] != "user" or len(images) > 1:
+        raise UserError(
+            f"conversation {name} has turns {dict(roles)} and {len(images)} images; "
+            "the reader takes one user turn, one assistant turn and at most one image"
+        )
+    return {
+        "id": name,
+        "image": str(Path(folder) / images[0]) if images else None,
+        "problem": turns[0][1].replace("<image>", "").strip(),
+        "solution": turns[1][1],
+        "key_steps": {"Steps": []},
+    }
