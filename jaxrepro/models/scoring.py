@@ -1,0 +1,79 @@
+"""Log-probabilities of completions and of marked tokens under a decoder.
+
+A question's prompt runs once; its keys and values are the prefix of the question's n completions,
+so prompt tokens cost 1/n of what separate rows cost and gradients are the same:
+
+    lp[b, m, j] = log pi(c_j | prompt_b, c_<j) / T,    c_0 predicted by the last real prompt position
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrepro.models import transformer
+from jaxrepro.models.transformer import Prefix, TransformerConfig
+from jaxrepro.ops.logprob import Tokens, shift, token_log_probs
+
+
+def completion_log_probs(
+    params: dict,
+    cfg: TransformerConfig,
+    x: Float[Array, "b t d"],
+    position: Int[Array, "b t"] | Int[Array, "b 3 t"],
+    segment: Int[Array, "b t"],
+    next_position: Int[Array, "b"],
+    tokens: Int[Array, "b n c"],
+    length: Int[Array, "b n"],
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    chunk: int = 1024,
+) -> Any:
+    """lp (b, n, c) float32 [, entropy (b, n, c)] of n completions per prompt; 0 at and after `length`.
+
+    x: prompt embeddings, segment 0 = padding on the right. Validity comes from `length` alone: a pad
+    or eos id inside a completion is a token like any other. Gradients flow through the prompt.
+    """
+    b, n, c = tokens.shape
+    hidden, kv = transformer.apply(params, cfg, x, position=position, segment=segment)
+    hidden = jnp.broadcast_to(last(hidden, segment)[:, None, None], (b, n, 1, cfg.d))
+    if c > 1:  # the last token of a completion is predicted, never read
+        step = jnp.arange(c - 1)
+        at = jnp.broadcast_to(next_position[:, None, None] + step, (b, n, c - 1))
+        real = step < length[..., None]
+        rest, _ = transformer.apply(
+            params,
+            cfg,
+            transformer.embed(params, cfg, tokens[..., :-1].reshape(b * n, c - 1)),
+            position=at.reshape(b * n, c - 1),
+            segment=real.reshape(b * n, c - 1).astype(jnp.int32),
+            prefix=Prefix(kv, segment > 0),
+        )
+        hidden = jnp.concatenate([hidden, rest.reshape(b, n, c - 1, cfg.d)], axis=2)
+    out = token_log_probs(
+        hidden,
+        transformer.head(params, cfg),
+        tokens,
+        temperature=temperature,
+        chunk=chunk,
+        entropy=entropy,
+    )
+    keep = jnp.arange(c) < length[..., None]
+    return tuple(jnp.where(keep, a, 0.0) for a in out) if entropy else jnp.where(keep, out, 0.0)
+
+
+def last(hidden: Float[Array, "b t d"], segment: Int[Array, "b t"]) -> Float[Array, "b d"]:
+    """The hidden state of the last real position of right-padded rows."""
+    at = jnp.maximum((segment > 0).sum(-1) - 1, 0)
+    return jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
+
+
+def nll(
+    params: dict, cfg: TransformerConfig, x: Float[Array, "b t d"], tokens: Tokens, *, chunk=1024
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Summed negative log-probability (nats) of the response tokens, and their number."""
+    hidden, _ = transformer.apply(params, cfg, x, position=tokens.position, segment=tokens.segment)
+    targets, mask = shift(tokens.tokens, tokens.response, tokens.segment)
+    lp = token_log_probs(hidden, transformer.head(params, cfg), targets, chunk=chunk)
+    return -jnp.sum(lp, where=mask), mask.sum().astype(jnp.float32)
