@@ -1,0 +1,78 @@
+"""The optimiser of a run: AdamW with a schedule, and weight decay on matrices only."""
+
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrepro.config import UserError
+from jaxrepro.sharding import path_of
+
+SCHEDULES = ("constant", "linear", "cosine")
+_NO_DECAY = re.compile(r"(norm|bias|scale|ln|b|b[qkvo])\d*|.*_(norm|bias|scale|b)\d*|(norm|ln)_.*")
+
+
+class Scheduled(optax.GradientTransformation):
+    """An optax optimiser that also tells its learning rate: `schedule(step) -> lr`."""
+
+    schedule: Callable
+
+
+def decays(params):
+    """Tree of bools: True where weight decay applies, i.e. not on biases, norms and vectors.
+
+    By name as well as by rank: a stacked norm is a matrix of (layers, d).
+    """
+
+    def one(keys, x):
+        named = any(_NO_DECAY.fullmatch(path_of((key,)).lower()) for key in keys)
+        return len(x.shape) >= 2 and not named
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def schedule(name: str, lr: float, steps: int, warmup: int = 0, end: float = 0.0) -> Callable:
+    """`f(step) -> lr`: a linear warm-up over `warmup` steps, then constant, linear or cosine to
+    `end * lr` at `steps`. The first step already has lr / warmup."""
+    if name not in SCHEDULES:
+        raise UserError(f"schedule={name!r} is unknown; use one of {', '.join(SCHEDULES)}")
+    if warmup and warmup >= steps:
+        raise UserError(f"warmup={warmup} leaves nothing of steps={steps}; use fewer")
+
+    def f(step):
+        step = jnp.asarray(step, jnp.float32)
+        x = jnp.clip((step - warmup) / max(steps - warmup, 1), min=0.0, max=1.0)
+        shape = {"constant": 0.0 * x, "linear": x, "cosine": 0.5 * (1 - jnp.cos(jnp.pi * x))}[name]
+        ramp = jnp.minimum(1.0, (step + 1) / warmup) if warmup else 1.0
+        return lr * ramp * (1 - (1 - end) * shape)
+
+    return f
+
+
+def optimizer(config: Mapping, steps: int | None = None) -> Scheduled:
+    """AdamW from a config that has `lr`, and optionally `steps`, `schedule`, `warmup` (steps),
+    `end_lr` (share of lr), `weight_decay`, `b1`, `b2`, `eps`. `steps` wins over `config.steps`.
+
+    Clipping is the step's (`max_grad_norm`); freezing too (`trainable`).
+    """
+    get = config.get
+    steps = int(get("steps", 1) if steps is None else steps)
+    lr = float(config["lr"])
+    if not lr >= 0:
+        raise UserError(f"lr={lr} is negative; use a number from 0 up")
+    rate = schedule(
+        get("schedule", "constant"), lr, steps, int(get("warmup", 0)), float(get("end_lr", 0.0))
+    )
+    adamw = optax.adamw(
+        rate,
+        b1=get("b1", 0.9),
+        b2=get("b2", 0.999),
+        eps=get("eps", 1e-8),
+        weight_decay=get("weight_decay", 0.0),
+        mask=decays,
+    )
+    result = Scheduled(*adamw)
+    result.schedule = rate
+    return result
