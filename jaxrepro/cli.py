@@ -1,0 +1,172 @@
+"""What all commands share: flags, one-line errors, exit codes, the method's module, jax's set-up.
+
+Exit codes: 0; 2 for bad input by the user (one line on stderr); 130 and 143 when stopped by
+SIGINT and SIGTERM. Anything else is our fault and shows its traceback. jax is imported only by
+`setup_jax`, so `--help` and every flag error stay quick.
+"""
+
+import errno
+import importlib
+import os
+import pkgutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from jaxrepro import __version__
+from jaxrepro import config as configuration
+from jaxrepro.config import UserError
+
+_HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
+_DISK = {errno.ENOSPC: "the disk is full", errno.EROFS: "the file system is read-only"}
+_DISK |= {errno.EACCES: "permission denied", errno.EPERM: "permission denied"}
+_DISK |= {getattr(errno, "EDQUOT", errno.ENOSPC): "the disk quota is used up"}
+
+
+def main(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command on its words (without the program's name) and exits with its code."""
+    sys.exit(guard(command, list(sys.argv[1:] if argv is None else argv)))
+
+
+def guard(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Exit code of `command(argv)`; prints `error: ...` in one line for what a user can repair."""
+    try:
+        command(argv)
+    except UserError as e:
+        return _error(str(e))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as e:
+        line = disk_error(e)
+        if line is None:
+            raise
+        return _error(line)
+    return 0
+
+
+def _error(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def disk_error(e: BaseException) -> str | None:
+    """One line for a full, read-only or forbidden disk; None for every other exception."""
+    if isinstance(e, OSError) and e.errno in _DISK:
+        what, where = _DISK[e.errno], f" at {e.filename}" if e.filename else ""
+    elif "No space left on device" in str(e):  # tensorstore wraps it in a ValueError
+        what, where = _DISK[errno.ENOSPC], ""
+    else:
+        return None
+    return f"cannot write or read{where}: {what}; free it or choose another --workdir"
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether `--help` or one of its spellings is among the words."""
+    return bool(_HELP & set(argv))
+
+
+def parse_flags(parser: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
+    """Parses a command's own flags; stray words and unknown flags are UserErrors.
+
+    `--help` anywhere prints `usage` and the flags, and exits with 0.
+    """
+    if wants_help(argv):
+        print(usage.strip(), "\n\nflags:", sep="")
+        for name in parser:
+            flag = parser[name]
+            default = "" if flag.default in (None, False) else f" (default {flag.default})"
+            print(f"  --{name}: {flag.help}{default}")
+        sys.exit(0)
+    try:
+        rest = parser(["", *argv])[1:]
+    except flags.UnrecognizedFlagError as e:
+        name = e.flagname.split("=")[0]
+        known = [f"--{flag}" for flag in parser]
+        if "." in name:
+            raise UserError(f"unknown flag --{name}; did you mean --config.{name}?") from None
+        raise UserError(
+            f"unknown flag --{name}{configuration.did_you_mean('--' + name, known)}"
+        ) from None
+    except (flags.Error, ValueError) as e:
+        raise UserError(str(e)) from None
+    if rest:
+        raise UserError(f"not understood: {' '.join(rest)}; flags look like --name=value")
+
+
+def method(config: ConfigDict) -> ModuleType:
+    """The module `jaxrepro.methods.<config.method>.run`."""
+    import jaxrepro.methods
+
+    name = config.get("method")
+    known = [m.name for m in pkgutil.iter_modules(jaxrepro.methods.__path__) if m.ispkg]
+    if name not in known:
+        raise UserError(
+            f"config.method={name} is unknown{configuration.did_you_mean(str(name), known)}"
+        )
+    try:
+        return importlib.import_module(f"jaxrepro.methods.{name}.run")
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.split(".")[0] == "jaxrepro":
+            raise
+        raise UserError(f"{name} needs the package {e.name}, which is not installed") from e
+
+
+def setup_jax() -> None:
+    """Points jax at the user's compile cache and absl's flags at their defaults.
+
+    Call before the first jax operation. JAX_COMPILATION_CACHE_DIR, when set, wins.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "jaxrepro" / "xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # The default of one second skips the many small functions of a start.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's workers ask
+
+
+def banner() -> str:
+    """One line: versions and devices."""
+    import flax
+    import jax
+    import optax
+
+    kinds = [d.device_kind for d in jax.devices()]
+    devices = ", ".join(f"{kinds.count(k)} x {k}" for k in dict.fromkeys(kinds))
+    return (
+        f"jaxrepro {__version__}, jax {jax.__version__}, flax {flax.__version__}, "
+        f"optax {optax.__version__}, Python {sys.version.split()[0]}, devices: {devices}"
+    )
+
+
+def exit_on_sigterm() -> None:
+    """SIGTERM ends the process with code 143, as a shell reports it; Run saves first while it trains."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def trained(workdir: str | None) -> ConfigDict:
+    """The configuration of a workdir that holds a checkpoint. Raises UserError."""
+    if not workdir:
+        raise UserError("--workdir=FOLDER is required: the workdir of a run of jaxrepro.launch")
+    folder = Path(workdir)
+    if not folder.is_dir():
+        raise UserError(f"--workdir={workdir} is not a folder; train first with jaxrepro.launch")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--workdir={workdir} holds no config.json: no run of jaxrepro.launch")
+    config = configuration.saved(folder / "config.json")
+    if not any((folder / "checkpoints").glob("**/[0-9]*")):
+        raise UserError(f"--workdir={workdir} holds no checkpoint yet; train first, or wait")
+    return config
