@@ -1,0 +1,180 @@
+"""Completions of prompts: prefill once per question, then one token per step for all its n samples.
+
+The prompt's keys and values are a prefix that the n samples of a question read together; a sample's
+own tokens lie in a cache that is updated in place, one per layer. All rows are at the same step, the
+loop stops when every row is done, and shapes are static: one compilation per (b, t, n, max_new).
+
+Sample m of request r draws its token j with key fold_in(fold_in(key, r * n + m), j): it depends on
+neither its batch mates nor the padding. Rows that are done keep computing and are not recorded.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
+
+from jaxrepro.config import UserError
+from jaxrepro.models import transformer
+from jaxrepro.models.scoring import last
+from jaxrepro.models.transformer import Prefix, TransformerConfig
+from jaxrepro.ops.sampling import draw, truncate
+
+FINISH_EOS = 1
+FINISH_LENGTH = 2
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: temperature (0 = greedy), then top_k (0 = off), then top_p (1 = off).
+
+    max_new bounds the tokens of a sample, its eos included; before min_new tokens no eos is drawn.
+    `pad` fills what lies beyond a sample's length; it is never used to find that length.
+    """
+
+    max_new: int
+    eos: tuple[int, ...]
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    pad: int = 0
+    min_new: int = 0
+
+    def __post_init__(self):
+        if self.max_new < 1:
+            raise UserError(f"max_new {self.max_new} must be at least 1")
+        if not self.temperature >= 0:
+            raise UserError(f"temperature {self.temperature} must be >= 0 (0 = greedy)")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} must lie in (0, 1] (1 = off)")
+        if self.top_k < 0:
+            raise UserError(f"top_k {self.top_k} must be >= 0 (0 = off)")
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts as embeddings, padded on the right (segment 0)."""
+
+    x: Any  # (b, t, d)
+    position: Any  # (b, t) or (b, 3, t) int32
+    segment: Any  # (b, t) int32
+    next_position: Any  # (b,) int32, the position of the first new token
+
+
+class Samples(NamedTuple):
+    """n completions per prompt; entries at and after `length` are pad and 0."""
+
+    tokens: Any  # (b, n, t) int32
+    length: Any  # (b, n) int32, counts the eos
+    lp_sampler: Any  # (b, n, t) float32, nats, under the distribution that was sampled
+    lp_raw: Any  # (b, n, t) float32, nats, temperature 1, nothing cut off
+    finish: Any  # (b, n) int8, FINISH_EOS or FINISH_LENGTH
+
+
+class _Loop(NamedTuple):
+    step: Any  # tokens drawn so far
+    token: Any  # (rows,) the newest
+    cache: Any
+    done: Any  # (rows,) bool
+    length: Any  # (rows,)
+    record: Any  # (tokens, lp_sampler, lp_raw), each (max_new, rows): a step writes one row
+
+
+def generate(
+    params: dict,
+    cfg: TransformerConfig,
+    prompts: Prompts,
+    *,
+    request_ids: Int[Array, "b"],
+    key: PRNGKeyArray,
+    sampling: Sampling,
+    n: int,
+    allowed: Bool[Array, "v"] | None = None,
+) -> Samples:
+    """Draw n completions of every prompt; pure, for callers to jit with cfg, sampling and n static.
+
+    request_ids name the questions: the same id, key and prompt give the same samples in any batch.
+    allowed: tokens that may be drawn at all (lp_raw stays that of the whole vocabulary). Greedy
+    decoding returns lp_sampler = 0, the log-probability of a certain choice.
+    """
+    if sampling.top_k > cfg.vocab:
+        raise UserError(f"top_k {sampling.top_k} is above the vocabulary {cfg.vocab}: lower it")
+    b, rows = prompts.x.shape[0], prompts.x.shape[0] * n
+    params = _for_decode(params, cfg)
+    ids = (request_ids[:, None] * n + jnp.arange(n)).reshape(rows)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
+    eos = jnp.zeros(cfg.vocab, bool).at[jnp.asarray(sampling.eos, jnp.int32)].set(True)
+    first = jnp.repeat(prompts.next_position, n)  # (rows,)
+
+    def record(state, hidden):
+        """Draw token `step` of every row from hidden (rows, d) and note it."""
+        raw = transformer.logits(params, cfg, hidden)
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
+        z = raw if allowed is None else jnp.where(allowed, raw, -jnp.inf)
+        if sampling.min_new:
+            z = jnp.where(eos & (state.step < sampling.min_new), -jnp.inf, z)
+        token, lp, lp_raw = _choose(step_keys, raw, z, sampling)
+        note = (sampling.pad, 0.0, 0.0)
+        new = [jnp.where(state.done, e, a) for e, a in zip(note, (token, lp, lp_raw))]
+        put = jax.lax.dynamic_update_index_in_dim
+        return state._replace(
+            step=state.step + 1,
+            token=token,
+            done=state.done | eos[token],
+            length=state.length + ~state.done,
+            record=tuple(put(r, a, state.step, 0) for r, a in zip(state.record, new)),
+        )
+
+    hidden, kv = transformer.apply(
+        params, cfg, prompts.x, position=prompts.position, segment=prompts.segment
+    )
+    prefix = Prefix(kv, prompts.segment > 0)
+    shape = (sampling.max_new, rows)
+    state = _Loop(
+        step=jnp.zeros((), jnp.int32),
+        token=jnp.zeros(rows, jnp.int32),
+        cache=transformer.new_cache(cfg, rows, max(1, sampling.max_new - 1)),
+        done=jnp.zeros(rows, bool),
+        length=jnp.zeros(rows, jnp.int32),
+        record=(
+            jnp.full(shape, sampling.pad, jnp.int32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros(shape, jnp.float32),
+        ),
+    )
+    state = record(state, jnp.repeat(last(hidden, prompts.segment), n, axis=0))
+
+    def body(state):
+        hidden, cache = transformer.apply(
+            params,
+            cfg,
+            transformer.embed(params, cfg, state.token[:, None]),
+            position=(first + state.step - 1)[:, None],
+            prefix=prefix,
+            cache=state.cache,
+        )
+        return record(state._replace(cache=cache), hidden[:, 0])
+
+    more = lambda s: (s.step < sampling.max_new) & ~s.done.all()
+    state = jax.lax.while_loop(more, body, state)
+    tokens, lp, lp_raw = (a.T.reshape(b, n, -1) for a in state.record)
+    finish = jnp.where(state.done, FINISH_EOS, FINISH_LENGTH).astype(jnp.int8)
+    return Samples(tokens, state.length.reshape(b, n), lp, lp_raw, finish.reshape(b, n))
+
+
+def _for_decode(params, cfg):
+    """Unstacked layers in the compute dtype, cast once and not at every step."""
+    return transformer.unstack(jax.tree.map(lambda w: w.astype(cfg.dtype), params))
+
+
+def _choose(keys, raw, z, sampling):
+    """Token, its log-probability under the sampler, and under softmax(raw), each (rows,)."""
+    pick = lambda a, token: jnp.take_along_axis(a, token[:, None], 1)[:, 0]
+    score = lambda a, token: pick(a, token) - jax.nn.logsumexp(a, axis=-1)
+    if sampling.temperature == 0:
+        token = jnp.argmax(z, axis=-1).astype(jnp.int32)
+        lp_raw = score(raw, token)
+        return token, jnp.zeros_like(lp_raw), lp_raw
+    cut = truncate(z / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    token = draw(keys, cut)
+    return token, score(cut, token), score(raw, token)
