@@ -1,7 +1,7 @@
 """The optimiser of a run: AdamW with a schedule, and weight decay on matrices only."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def decays(params):
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def schedule(name: str, lr: float, steps: int, warmup: int = 0, end: float = 0.0) -> Callable:
+def schedule(name: str, lr, steps: int, warmup: int = 0, end=0.0) -> Callable:
     """`f(step) -> lr`: a linear warm-up over `warmup` steps, then constant, linear or cosine to
     `end * lr` at `steps`. The first step already has lr / warmup."""
     if name not in SCHEDULES:
@@ -51,7 +51,7 @@ def schedule(name: str, lr: float, steps: int, warmup: int = 0, end: float = 0.0
     return f
 
 
-def optimizer(config: Mapping, steps: int | None = None) -> Scheduled:
+def optimizer(config, steps: int | None = None) -> Scheduled:
     """AdamW from a config that has `lr`, and optionally `steps`, `schedule`, `warmup` (steps),
     `end_lr` (share of lr), `weight_decay`, `b1`, `b2`, `eps`. `steps` wins over `config.steps`.
 

@@ -90,7 +90,7 @@ def make_step(
     optimizer,
     *,
     micro_batches: int = 1,
-    max_grad_norm: float | None = None,
+    max_grad_norm: float | int | None = None,
     stats: Callable | None = None,
     trainable: Any = None,
 ) -> Callable[[State, Any], tuple[State, dict]]:

@@ -99,7 +99,7 @@ def test_rules_place_each_logical_axis():
         spec(("embed", "heads"), (8, 6))
     with pytest.raises(ValueError, match="clashes"):
         spec(("heads", "mlp"), (4, 4))
-    with pytest.raises(ValueError, match="'wings' of .* has no rule"):
+    with pytest.raises(ValueError, match=r"'wings' of .* has no rule"):
         spec(("wings",), (4,))
     with pytest.raises(ValueError, match="name 1 dimensions"):
         spec(("embed",), (4, 4))
