@@ -9,7 +9,7 @@ up to 4 pixels inside its quadrant. A question adds one cell, or twice one cell,
 
     top-left + 2 * bottom-right
 
-`example`, `caption` and `equation` are pure functions of their arguments, so a data set is an index.
+`example`, `caption` and `equation` (the last two for the base stage) are pure functions of their arguments, so a data set is an index.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxrepro.config import UserError
-from jaxrepro.data.stepwise import DESCRIPTION, format_pieces, join_blocks, solution_text
+from jaxrepro.data.stepwise import caption_of, format_pieces, solution_text
 
 SPLITS = {"train": 1077, "validation": 360, "test": 360}
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
@@ -31,7 +31,7 @@ PIECES = (
     *format_pieces(MAX_STEPS),
     *(str(n) for n in NUMBERS),
     *PLACES,
-    *("+", "-", "*", "=", "is", "the", "grid", "shows", "describe"),
+    *("+", "-", "*", "=", "is", "the", "grid", "shows"),
     *("add", "subtract", "two", "digits", "double", "then"),
 )
 
@@ -141,17 +141,8 @@ def _sum(a: int, sign: str, b: int) -> list[str]:
 
 
 def caption(split: str, index: int, seed: int = 0) -> dict[str, Any]:
-    """An image and its description alone, in the block of the format: the base stage learns to read."""
-    image, ids, digits = _grid(_rng(1, split, index, seed), split)
-    return {
-        "id": f"digits/caption/{split}/{seed}/{index}",
-        "image": image,
-        "problem": "describe the grid",
-        "solution": join_blocks([(DESCRIPTION, _describe(digits))]),
-        "key_steps": {"Steps": []},
-        "digits": digits,
-        "scans": ids,
-    }
+    """An image of `example` and its description alone."""
+    return caption_of(example(split, index, seed))
 
 
 def equation(index: int, seed: int = 0, *, subtract: bool = False) -> dict[str, Any]:
@@ -163,11 +154,17 @@ def equation(index: int, seed: int = 0, *, subtract: bool = False) -> dict[str, 
     else:
         sign = "-" if subtract and rng.integers(2) else "+"
         text = _sum(a, sign, factor * b)[0]
+    return drill(f"digits/equation/{seed}/{index}", text)
+
+
+def drill(name: str, text: str) -> dict[str, Any]:
+    """A text-only example that completes an equation; the completion is the whole equation."""
+    left, right = text.split(" = ")
     return {
-        "id": f"digits/equation/{seed}/{index}",
+        "id": name,
         "image": None,
-        "problem": text.split(" =")[0],
+        "problem": left,
         "solution": text,
         "key_steps": {"Steps": []},
-        "answer": text.split("= ")[1],
+        "answer": right,
     }

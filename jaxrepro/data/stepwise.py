@@ -33,6 +33,7 @@ DESCRIPTION = "### Image Description:"
 RATIONALES = "### Rationales:"
 THINK = "### Let's think step by step."
 ANSWER = "### The final answer is:"
+CAPTION = "describe the image"
 REFLECTION = "I think I have made a mistake. Let me rethink it."
 
 _STEP = re.compile(r"### Step \d+:")
@@ -92,13 +93,37 @@ def corrupt(solution: str, rng: np.random.Generator) -> str:
     return join_blocks(parts)
 
 
+def with_format_noise(example: Mapping[str, Any], share: float, seed: int = 0) -> dict[str, Any]:
+    """The example, its solution corrupted with probability `share`; a function of its id and the seed."""
+    example = dict(example)
+    rng = np.random.default_rng([zlib.crc32(example["id"].encode()), seed])
+    if rng.random() < share:
+        example["solution"] = corrupt(example["solution"], rng)
+    return example
+
+
+def caption_of(example: Mapping[str, Any]) -> dict[str, Any]:
+    """The same image with the description alone as its target: a model learns to see before it reasons."""
+    rest = {k: v for k, v in example.items() if k != "answer"}
+    description = [part for part in blocks(example["solution"]) if part[0] == DESCRIPTION]
+    if not description:
+        raise UserError(f"example {example['id']} has no '{DESCRIPTION}' to caption its image with")
+    return {
+        **rest,
+        "id": example["id"] + "/caption",
+        "problem": CAPTION,
+        "solution": join_blocks(description),
+        "key_steps": {"Steps": []},
+    }
+
+
 def format_pieces(max_steps: int) -> tuple[str, ...]:
     """Vocabulary pieces of the format, one token a header, for solutions of up to max_steps.
 
-    One header more than that, because shifted step numbers need it.
+    One step header more than that, because shifted step numbers need it, and the caption's prompt.
     """
     steps = [step_header(i) + "\n" for i in range(1, max_steps + 2)]
-    return (DESCRIPTION + "\n", RATIONALES + "\n", THINK, *steps, ANSWER + "\n")
+    return (DESCRIPTION + "\n", RATIONALES + "\n", THINK, *steps, ANSWER + "\n", CAPTION)
 
 
 class Loaded(NamedTuple):

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxrepro.config import UserError
 from jaxrepro.data import digits
-from jaxrepro.data.stepwise import format_pieces, solution_text
+from jaxrepro.data.stepwise import caption_of, format_pieces, solution_text
 
 SPLITS = ("train", "validation", "test")
 COLOURS = {
@@ -207,7 +207,7 @@ def _font(size: int) -> Any:
 def _draw_chart(values: dict[str, int], title: str, numbered: bool, colours: list) -> Any:
     from PIL import Image, ImageDraw
 
-    left, right, top, bottom, ink = 34, 270, 40, 246, (40, 40, 44)
+    left, right, top, bottom, ink = 34, 270, 56, 250, (40, 40, 44)
     image = Image.new("RGB", (280, 280), "white")
     draw = ImageDraw.Draw(image)
     height = lambda value: bottom - round((bottom - top) * value / TOP)
@@ -232,20 +232,52 @@ def _draw_chart(values: dict[str, int], title: str, numbered: bool, colours: lis
     return image
 
 
+def grid_equation(index: int, seed: int = 0) -> dict[str, Any]:
+    """A text-only drill of the sums and differences of two counts, or of the counts of four rows."""
+    rng = _rng(12, "train", index, seed)
+    if rng.integers(2):
+        rows = rng.integers(0, 5, size=4).tolist()
+        text = f"{' + '.join(map(str, rows))} = {sum(rows)}"
+    else:
+        x, y = rng.multinomial(16, rng.dirichlet(np.ones(3)))[:2].tolist()
+        text = _pair(x, y, bool(rng.integers(2)))
+    return digits.drill(f"grid_count/equation/{seed}/{index}", text)
+
+
+def chart_equation(index: int, seed: int = 0) -> dict[str, Any]:
+    """A text-only drill of the sum or the difference of two heights."""
+    rng = _rng(13, "train", index, seed)
+    x, y = rng.integers(1, TOP + 1, size=2).tolist()
+    return digits.drill(f"toy_chart/equation/{seed}/{index}", _pair(x, y, bool(rng.integers(2))))
+
+
+def _pair(x: int, y: int, add: bool) -> str:
+    return f"{x} + {y} = {x + y}" if add else f"{max(x, y)} - {min(x, y)} = {abs(x - y)}"
+
+
 class Generator(NamedTuple):
-    """One generated task: its examples, its vocabulary, and the longest texts in its own tokens."""
+    """One generated task: examples, text-only drills, vocabulary, longest texts in its own tokens."""
 
     example: Callable[..., dict[str, Any]]  # (split, index, seed=0) -> example
+    equation: Callable[..., dict[str, Any]]  # (index, seed=0) -> text-only example
     pieces: tuple[str, ...]
     max_steps: int
     max_problem: int  # tokens of the question
     max_solution: int  # tokens of the solution and the end of turn
 
+    def base(
+        self, split: str, index: int, seed: int = 0, *, captions: float = 0.75
+    ) -> dict[str, Any]:
+        """A caption with probability `captions`, else an equation: the stage before any reasoning."""
+        if np.random.default_rng([14, index, seed]).random() < captions:
+            return caption_of(self.example(split, index, seed))
+        return self.equation(index, seed)
+
 
 GENERATORS = {
-    "digits": Generator(digits.example, digits.PIECES, digits.MAX_STEPS, 5, 43),
-    "grid_count": Generator(grid_count, GRID_PIECES, 5, 7, 70),
-    "toy_chart": Generator(toy_chart, CHART_PIECES, 6, 7, 60),
+    "digits": Generator(digits.example, digits.equation, digits.PIECES, digits.MAX_STEPS, 5, 43),
+    "grid_count": Generator(grid_count, grid_equation, GRID_PIECES, 5, 7, 68),
+    "toy_chart": Generator(toy_chart, chart_equation, CHART_PIECES, 6, 4, 54),
 }
 
 
