@@ -84,7 +84,7 @@ class Tokenizer:
         if self.closed and unknown == "error":
             back = self.decode(ids, skip_special=False)
             if self._unknown in ids or back != text:
-                at = len(os.path.commonprefix([text, back]))
+                at = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), len(back))
                 raise UserError(
                     f"the closed vocabulary ({self.vocab_size} tokens) does not cover the text at "
                     f"character {at}: {text[at : at + 20]!r}; use its words, or unknown='id'"
