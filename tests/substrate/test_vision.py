@@ -25,7 +25,12 @@ SMALL, WIDE = (1, 4, 4), (1, 2, 6)
 
 @pytest.fixture(scope="module")
 def params():
-    return qwen2_vl.init(jax.random.key(0), CFG)
+    rng = np.random.default_rng(0)  # numpy: compiling a sampler per tensor costs seconds
+
+    def draw(leaf):
+        return jax.numpy.asarray(rng.normal(size=leaf.shape, scale=0.2), leaf.dtype)
+
+    return jax.tree.map(draw, qwen2_vl.abstract(CFG))
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +107,7 @@ def test_features_do_not_depend_on_padding_or_batch_mates(tower):
     assert np.isfinite(together).all()
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_changes_no_gradient(params, remat):
+def test_remat_changes_no_gradient(params):
     vision = batch([picture(1, SMALL)], size=16)
 
     def loss(p, cfg):
@@ -111,7 +115,7 @@ def test_remat_changes_no_gradient(params, remat):
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
     plain = grad(params["vision"], VISION)
-    again = grad(params["vision"], dataclasses.replace(VISION, remat=remat))
+    again = grad(params["vision"], dataclasses.replace(VISION, remat="full"))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), plain, again)
 
 
