@@ -1,0 +1,428 @@
+"""The loop around a training step: workdir, resume, metrics, signals. A method *calls* it.
+
+    with Run(config, workdir) as run:
+        if run.finished:
+            return run.results
+        state = run.restore(init, stage="rl", init_from=config.init_from)
+        for i in run.steps(state, total):
+            state, m = step(state, data[i])
+            run.log(i, m, ids=...)
+            run.save(i, state)
+        run.summary({...})
+
+Order of a start: resume (the stage's latest checkpoint) -> init_from -> scratch.
+A workdir holds config.json, metrics.jsonl, tensorboard/, checkpoints/, curves.png, summary.json.
+SIGTERM: the step in progress ends, its state is saved, the process exits with code 143 (128 + 15);
+in a run of several processes jax announces the preemption and all save the same step.
+Only process 0 writes files, checkpoints apart.
+"""
+
+import datetime
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrepro.config import UserError
+from jaxrepro.train import metrics as report
+from jaxrepro.train.checkpoint import BEST, FOLDER, Checkpoints, load, on_device, stages_in
+from jaxrepro.train.files import read_json, write_json, writing
+from jaxrepro.train.profile import Profile
+from jaxrepro.train.state import State, step_key
+from jaxrepro.train.step import NONFINITE
+
+FORMAT = 1
+TERMINATED = 143  # exit code after SIGTERM
+RESUME = ("auto", "never", "must")
+OURS = (FOLDER, "once", report.FILE, report.EVENTS, report.PICTURE, "summary.json", "samples.md")
+
+
+def may_differ(key: str) -> bool:
+    """Whether a resumed run may have another value of this dotted key."""
+    head, last = key.split(".")[0], key.split(".")[-1]
+    free = last in ("steps", "every", "path") or head in ("eval", "mesh", "log")
+    return free or key == "checkpoint.keep"
+
+
+def _again(key: str) -> bool:
+    """Whether another value of this key means that a finished run is not finished."""
+    return key.split(".")[-1] == "steps" or key.split(".")[0] == "eval"
+
+
+def _flat(tree, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        k: v for name in tree for k, v in _flat(tree[name], f"{prefix}.{name}".strip(".")).items()
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        here = Path(__file__).parent
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+class Run:
+    """One training run in one workdir; see the module for its use.
+
+    resume: auto (go on where there is a checkpoint), never (delete what the run left, start again),
+    must (refuse to start without a checkpoint). profile: "start:count". overrides: what the user set,
+    recorded only. show: names of the metrics on the progress line.
+    Attributes: workdir, finished (bool), results (summary of a finished run), stage.
+    """
+
+    def __init__(
+        self, config, workdir, *, resume="auto", profile=None, overrides=None, show=("loss",)
+    ):
+        if resume not in RESUME:
+            raise UserError(f"resume={resume!r} is unknown; use one of {', '.join(RESUME)}")
+        self.config, self.workdir = config, Path(workdir).expanduser().absolute()
+        self.finished, self.results, self.stage = False, {}, "train"
+        self._resume, self._overrides, self._show = resume, overrides, tuple(show)
+        checkpoint, log = config.get("checkpoint") or {}, config.get("log") or {}
+        self._every = int(checkpoint.get("every", 0) or 0)
+        self._keep = int(checkpoint.get("keep", 2))
+        self._log_every = max(int(log.get("every", 1)), 1)
+        self._tensorboard = bool(log.get("tensorboard", True))
+        self._curves = bool(log.get("curves", True))
+        self._wandb = log.get("wandb", None)
+        self._profile = Profile(profile, self.workdir / "profile")
+        self._writer = jax.process_index() == 0
+        self._lock = self._metrics = self._saves = self._best = self._progress = None
+        self._best_value = self._pending = self._previous = None
+        self._total, self._over, self._looping, self._stop = None, False, False, False
+
+    # --- start and end -------------------------------------------------------------------------
+
+    def __enter__(self):
+        try:
+            with writing(self.workdir):
+                self.workdir.mkdir(parents=True, exist_ok=True)
+            if self._writer:
+                self._take_lock()
+            self._open()
+        except BaseException:
+            self._release()
+            raise
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            self._previous = signal.signal(signal.SIGTERM, self._terminate)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self._looping = False
+        try:
+            self._profile.stop()
+            if kind is None or issubclass(kind, SystemExit):
+                self._flush()
+        finally:
+            try:
+                self._close_stage()
+                if self._metrics is not None:
+                    self._metrics.close()
+                    if self._curves and not self.finished:
+                        report.curves(self.workdir)
+            except Exception:
+                if kind is None:
+                    raise  # else the error that ended the run is the one to show
+            finally:
+                if self._previous is not None:
+                    signal.signal(signal.SIGTERM, self._previous)
+                    self._previous = None
+                self._release()
+
+    def _take_lock(self) -> None:
+        import fcntl
+
+        path = self.workdir / "lock"
+        with writing(path):
+            self._lock = open(path, "a+")  # noqa: SIM115 - held for the whole run
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            raise UserError(
+                f"{self.workdir} is in use by {holder}; wait for it, or choose another --workdir"
+            ) from None
+        except OSError:
+            return  # a file system without locks
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        self._lock.flush()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()  # the kernel lets go of the lock, also after kill -9
+            self._lock = None
+
+    def _open(self) -> None:
+        plain = getattr(self.config, "to_dict", lambda: self.config)()
+        plain = json.loads(json.dumps(plain, default=str))
+        path, summary = self.workdir / "config.json", self.workdir / "summary.json"
+        changed: list[str] = []
+        if path.exists():
+            changed = self._compare(path, plain)
+        if self._resume == "never" and self._writer:
+            self._wipe()
+        if self._resume == "must" and not summary.exists() and not stages_in(self.workdir):
+            raise UserError(
+                f"resume=must, but {self.workdir} has no checkpoint; use --resume=auto to start"
+            )
+        if summary.exists() and not any(map(_again, changed)):
+            self.finished, self.results = True, read_json(summary)
+            if self._writer:
+                print(f"{self.workdir} is finished:")
+                for name, value in self.results.items():
+                    print(f"  {name} = {value:.6g}")
+            return
+        if self._writer:
+            summary.unlink(missing_ok=True)
+            record = {"format": FORMAT, "config": plain, "overrides": self._overrides}
+            record |= {"command": sys.argv, "commit": _commit(), "jax": jax.__version__}
+            record["started"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            write_json(path, json.loads(json.dumps(record, default=str)))
+            self._metrics = report.Metrics(
+                self.workdir, tensorboard=self._tensorboard, wandb=self._wandb
+            )
+
+    def _compare(self, path: Path, plain: dict) -> list[str]:
+        """Keys that differ from the workdir's config; UserError where one of them must not."""
+        old = read_json(path)
+        if old.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has format {old.get('format')}, this version reads {FORMAT}; "
+                "use the version that wrote it, or another --workdir"
+            )
+        a, b = _flat(old["config"]), _flat(plain)
+        missing = object()
+        differ = [k for k in sorted(set(a) | set(b)) if a.get(k, missing) != b.get(k, missing)]
+        foreign = [k for k in differ if not may_differ(k)]
+        if foreign:
+            shown = [
+                f"{k} ({a.get(k, 'absent')} there, {b.get(k, 'absent')} here)" for k in foreign[:5]
+            ]
+            more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+            raise UserError(
+                f"{self.workdir} holds a run of another config: {', '.join(shown)}{more}; "
+                "choose another --workdir"
+            )
+        return differ
+
+    def _wipe(self) -> None:
+        with writing(self.workdir):
+            for name in OURS:
+                path = self.workdir / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def restore(
+        self,
+        init: Callable[[], State],
+        *,
+        stage: str = "train",
+        shardings=None,
+        init_from=None,
+        init_stage: str | None = None,
+        abstract: State | None = None,
+        jit: bool = True,
+    ) -> State:
+        """The state at which `stage` goes on: its latest checkpoint, else `init_from`, else `init()`.
+
+        init: no arguments; jitted with `shardings` as out_shardings unless `jit=False` (parameters
+        read from files would become constants of the program). shardings: tree like the state
+        (default: first device). init_from: a workdir or checkpoint whose parameters replace those of
+        `init()`, `init_stage` names its stage (default: the last). abstract: shapes of the state,
+        where `jax.eval_shape(init)` would be costly.
+        """
+        self._flush()
+        self._close_stage()
+        self.stage, self._total, self._over = stage, None, False
+        self._saves = Checkpoints(self.workdir, stage, keep=self._keep)
+        abstract = jax.eval_shape(init) if abstract is None else abstract
+        target = on_device(abstract, shardings)
+        places = jax.tree.map(lambda x: x.sharding, target)
+        step = self._saves.latest()
+        if self._metrics is not None:
+            self._metrics.rewind(stage, step)
+        if step is not None:
+            self._over = self._saves.done()
+            self._say(f"{stage}: resuming at step {step}")
+            return self._saves.restore(target, step)
+        state = jax.jit(init, out_shardings=places)() if jit else jax.device_put(init(), places)
+        if init_from:
+            self._say(f"{stage}: starting from {init_from}")
+            params = load(init_from, target.params, stage=init_stage, shardings=places.params)
+            state = state.replace(params=params)
+        return state
+
+    def key(self, i: int, *, stage: str | None = None):
+        """Random key of step i of a stage (default: this one)."""
+        return step_key(int(self.config.get("seed", 0)), stage or self.stage, i)
+
+    def steps(self, state: State, total: int) -> Iterator[int]:
+        """Indices of the steps still to do: state.step .. total - 1; none after an early stop."""
+        start, self._total = int(state.step), int(total)
+        if self._over or start >= self._total:
+            return
+        if self._writer:
+            self._progress = report.Progress(self.stage, start, self._total, show=self._show)
+        self._looping = True
+        try:
+            for i in range(start, self._total):
+                self._profile.before(i)
+                yield i
+                if self._progress is not None:
+                    self._progress.step(i + 1)
+            self._flush()
+            if self._stop:  # it came after the last save
+                self._saves.wait()
+                raise SystemExit(TERMINATED)
+        finally:
+            self._looping = False
+            self._profile.stop()
+            if self._progress is not None:
+                self._progress.close()
+                self._progress = None
+
+    def save(self, i: int, state: State, *, final: bool = False, best: float | None = None) -> None:
+        """After step i: save where `checkpoint.every` says, at the last step, and on SIGTERM.
+
+        final: end the stage early; it is not repeated on resume. best: a score, higher is better;
+        the best state so far is kept besides as stage "<stage>-best".
+        """
+        stop = self._stop
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            stop = multihost_utils.reached_preemption_sync_point(i + 1)
+        done = i + 1
+        due = bool(self._every) and done % self._every == 0
+        if best is not None:
+            self._keep_best(done, state, float(best))
+        if due or final or stop or done == self._total:
+            self._flush()  # the last numbers are checked, and on disk, before the state they belong to
+            self._saves.save(done, state, n=self._total, done=final)
+        if final:
+            self._over = True
+        if stop:
+            self._saves.wait()
+            self._say(f"{self.stage}: SIGTERM; saved step {done}")
+            raise SystemExit(TERMINATED)
+
+    def _keep_best(self, done: int, state: State, value: float) -> None:
+        if self._best is None:
+            self._best = Checkpoints(self.workdir, self.stage + BEST, keep=1)
+            step = self._best.latest()
+            self._best_value = None if step is None else self._best.meta(step)["best"]
+        if math.isfinite(value) and (self._best_value is None or value > self._best_value):
+            self._flush()
+            self._best.save(done, state, n=self._total, best=value)
+            self._best_value = value
+
+    def _close_stage(self) -> None:
+        saves, self._saves, self._best, best = self._saves, None, None, self._best
+        try:
+            if saves is not None:
+                saves.close()
+        finally:
+            if best is not None:
+                best.close()
+
+    def _terminate(self, *_) -> None:
+        if not self._looping or self._stop:  # nothing to save, or asked twice
+            raise SystemExit(TERMINATED)
+        self._stop = True
+
+    # --- numbers and files ---------------------------------------------------------------------
+
+    def log(self, i: int, values: dict[str, Any], *, ids=None) -> None:
+        """Metrics of step i (-1: before the first): scalars, on the device or not; None = not measured.
+
+        They are fetched at the next call, so that the device never waits. A number that is not
+        finite ends the run; `ids` names the batch in that message.
+        """
+        self._flush()
+        for value in values.values():
+            if isinstance(value, jax.Array):
+                value.copy_to_host_async()
+        self._pending = (self.stage, i + 1, dict(values), ids)
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        (stage, step, values, ids), self._pending = self._pending, None
+        numbers = {k: np.asarray(v).item() for k, v in values.items() if v is not None}
+        flag = numbers.pop(NONFINITE, 0)
+        wrong = [f"{k} is {v}" for k, v in numbers.items() if not math.isfinite(v)]
+        if flag or wrong:
+            shown = [str(x) for x in ids] if ids is not None else []
+            batch = (
+                f" (batch: {', '.join(shown[:8])}{', ...' if len(shown) > 8 else ''})"
+                if shown
+                else ""
+            )
+            raise UserError(
+                f"{stage} step {step}: {', '.join(wrong) or 'the update is not finite'}{batch}; "
+                "not saved; lower the learning rate or look at these rows"
+            )
+        if self._progress is not None:
+            self._progress.numbers(numbers)
+        if self._metrics is not None and (step % self._log_every == 0 or step in (0, self._total)):
+            self._metrics.write(stage, step, numbers)
+
+    def _say(self, text: str) -> None:
+        if self._writer:
+            print(text, flush=True)
+
+    def path(self, name: str) -> Path:
+        """A file of the run; its folder is made."""
+        path = self.workdir / name
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def once(self, name: str, function: Callable[[], Any]) -> Any:
+        """`function()`, or what it returned when an earlier start of this run called it.
+
+        For what cannot be measured again after a resume (accuracy before training). JSON values only.
+        """
+        path = self.workdir / "once" / f"{name}.json"
+        if path.exists():
+            return read_json(path)
+        value = json.loads(json.dumps(function()))
+        if self._writer:
+            write_json(path, value)
+        return value
+
+    def summary(self, values: dict[str, Any]) -> dict[str, float]:
+        """Write summary.json: the run is finished. Keys `<split>/<metric>`; returns plain floats."""
+        self._flush()
+        numbers = {k: float(np.asarray(v)) for k, v in values.items()}
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise UserError(f"summary: {name} is {value}; a result must be a finite number")
+        if self._saves is not None:
+            self._saves.wait()
+        if self._writer:
+            write_json(self.workdir / "summary.json", numbers)
+        self.results = numbers
+        return numbers
