@@ -303,7 +303,9 @@ class Run:
                 self._progress.close()
                 self._progress = None
 
-    def save(self, i: int, state: State, *, final: bool = False, best: float | None = None) -> None:
+    def save(
+        self, i: int, state: State, *, final: bool = False, best: float | int | None = None
+    ) -> None:
         """After step i: save where `checkpoint.every` says, at the last step, and on SIGTERM.
 
         final: end the stage early; it is not repeated on resume. best: a score, higher is better;

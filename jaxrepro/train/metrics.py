@@ -142,7 +142,7 @@ def _clock(seconds: float) -> str:
 class Progress:
     """A tqdm bar on a terminal, else a line every `every` seconds; both with an ETA."""
 
-    def __init__(self, stage: str, start: int, total: int, *, show=(), every: float = 10.0):
+    def __init__(self, stage: str, start: int, total: int, *, show=(), every: float | int = 10):
         self.stage, self.start, self.total = stage, start, total
         self.show, self.every = tuple(show), every
         self._begun = self._said = time.monotonic()
