@@ -9,6 +9,7 @@ import errno
 import importlib
 import os
 import pkgutil
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ def guard(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as e:
-        line = disk_error(e)
+        line = repairable(e)
         if line is None:
             raise
         return _error(line)
@@ -59,12 +60,19 @@ def _error(message: str) -> int:
     return 2
 
 
-def disk_error(e: BaseException) -> str | None:
-    """One line for a full, read-only or forbidden disk; None for every other exception."""
+def repairable(e: BaseException) -> str | None:
+    """One line for a disk or a device that is full, read-only or forbidden; None for the rest."""
     if isinstance(e, OSError) and e.errno in _DISK:
         what, where = _DISK[e.errno], f" at {e.filename}" if e.filename else ""
     elif "No space left on device" in str(e):  # tensorstore wraps it in a ValueError
         what, where = _DISK[errno.ENOSPC], ""
+    elif type(e).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and (
+        found := re.search(r"Out of memory[^\n]*", str(e), re.IGNORECASE)
+    ):
+        return (
+            f"the device is full: {found[0]} Use a smaller batch, more micro_batches or "
+            "model.remat; --dry_run estimates the memory"
+        )
     else:
         return None
     return f"cannot write or read{where}: {what}; free it or choose another --workdir"
@@ -167,6 +175,7 @@ def trained(workdir: str | None) -> ConfigDict:
     if not (folder / "config.json").is_file():
         raise UserError(f"--workdir={workdir} holds no config.json: no run of jaxrepro.launch")
     config = configuration.saved(folder / "config.json")
-    if not any((folder / "checkpoints").glob("**/[0-9]*")):
+    complete = (p.name.isdigit() for p in folder.glob("checkpoints/*/*"))  # stage / step
+    if not any(complete):
         raise UserError(f"--workdir={workdir} holds no checkpoint yet; train first, or wait")
     return config

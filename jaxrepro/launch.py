@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         return print(listing())
     if config is None:
         raise UserError("--config=configs/NAME.py[:size] is required; --list shows what there is")
-    profile = parse_profile(parser["profile"].value)
+    profile = check_profile(parser["profile"].value)
     workdir = parser["workdir"].value or f"runs/{config.method}-{size}"
     if parser["dry_run"].value:
         return print(dry_run(config, workdir))
@@ -88,14 +88,13 @@ def listing() -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows)
 
 
-def parse_profile(text: str | None) -> tuple[int, int] | None:
-    """(first step, number of steps) of `--profile=start:count`."""
-    if text is None:
-        return None
-    start, _, count = text.partition(":")
-    if not (start.isdecimal() and count.isdecimal() and int(count) > 0):
-        raise UserError(f"--profile={text} is not start:count, such as --profile=10:3")
-    return int(start), int(count)
+def check_profile(text: str | None) -> str | None:
+    """The text itself if it is start:count; else a UserError, before anything is loaded."""
+    if text is not None:
+        start, _, count = text.partition(":")
+        if not (start.isdecimal() and count.isdecimal() and int(count) > 0):
+            raise UserError(f"--profile={text} is not start:count, such as --profile=10:3")
+    return text
 
 
 def dry_run(config: ConfigDict, workdir: str) -> str:
@@ -107,7 +106,7 @@ def dry_run(config: ConfigDict, workdir: str) -> str:
         [
             configuration.to_json(config),
             f"workdir: {workdir}",
-            memory.table(plan),
+            memory.render(plan),
         ]
     )
 

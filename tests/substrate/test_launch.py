@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -33,6 +34,18 @@ def run(config, workdir, *, resume="auto", profile=None):
     print(json.dumps([workdir, resume, profile, config.rl.lr]))
     return {}
 
+def plan(config):
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+    from jaxrepro.sharding import abstract_mesh, batch_sharding
+    from jaxrepro.train.memory import Plan, sharded
+
+    mesh = abstract_mesh(config.mesh)
+    params = {"w": jax.ShapeDtypeStruct((512, 1000), "float32")}
+    params = sharded(params, NamedSharding(mesh, PartitionSpec("data")))
+    batch = {"tokens": jax.ShapeDtypeStruct((256, 64), "int32")}
+    return Plan(params=params, batch=sharded(batch, batch_sharding(mesh)), mesh=mesh)
+
 def evaluate(config, workdir, *, split, n):
     return {f"{split}/accuracy": 0.5, f"{split}/accuracy_lo": 0.25, f"{split}/accuracy_hi": 0.75, f"{split}/n": n}
 
@@ -61,7 +74,7 @@ def method(tmp_path, monkeypatch):
 def trained(tmp_path):
     """A workdir with a configuration and a checkpoint."""
     folder = tmp_path / "work"
-    (folder / "checkpoints" / "4").mkdir(parents=True)
+    (folder / "checkpoints" / "rl" / "4").mkdir(parents=True)
     text = json.dumps({"config": json.loads(config.to_json(config.load(FAKE)))})
     (folder / "config.json").write_text(text)
     return folder
@@ -115,7 +128,7 @@ def test_run_receives_config_workdir_and_flags(capsys, method):
     ]
     assert cli.guard(launch.main, words) == 0
     banner, line = capsys.readouterr().out.splitlines()
-    assert json.loads(line) == ["w", "must", [3, 2], 2.0]
+    assert json.loads(line) == ["w", "must", "3:2", 2.0]
     assert "jax " in banner and "8 x " in banner
 
 
@@ -148,10 +161,16 @@ def test_a_missing_package_of_a_method_is_named(capsys, method):
     assert "no_such_package" in fails(capsys, f"--config={FAKE}")
 
 
+def test_out_of_device_memory_is_one_line():
+    error = type("JaxRuntimeError", (RuntimeError,), {})
+    line = cli.repairable(error("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes."))
+    assert "17179869184" in line and "--dry_run" in line
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM])
 def test_disk_errors_name_the_file(number):
-    assert "some/file" in cli.disk_error(OSError(number, "text", "some/file"))
-    assert cli.disk_error(OSError(errno.ENOENT, "text", "some/file")) is None
+    assert "some/file" in cli.repairable(OSError(number, "text", "some/file"))
+    assert cli.repairable(OSError(errno.ENOENT, "text", "some/file")) is None
 
 
 def test_help_and_errors_of_the_real_process():
@@ -220,6 +239,33 @@ def test_one_process_needs_no_cluster(no_cluster, monkeypatch):
     assert launch.cluster() == "SLURM_NTASKS=4"
 
 
+@pytest.mark.slow
+def test_two_processes_find_each_other():
+    code = """if True:
+        import sys, jax
+        jax.config.update("jax_num_cpu_devices", 2)
+        from jaxrepro import launch
+        print(launch.start_distributed("auto", sys.argv[1], 2, int(sys.argv[2])))
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, address, str(i)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=config.ROOT,
+            env=environment,
+        )
+        for i in (1, 0)
+    ]
+    texts = [process.communicate(timeout=120)[0] for process in pair]
+    for text, i in zip(texts, (1, 0)):
+        assert f"process {i} of 2 ({address}), 2 of 4 devices" in text
+
+
 # ---- evaluate and sample ----
 
 
@@ -245,7 +291,7 @@ def test_a_foreign_workdir_is_one_line(main, capsys, tmp_path, trained):
     assert "--workdir" in fails(capsys, main=main)
     assert "not a folder" in fails(capsys, f"--workdir={tmp_path / 'none'}", main=main)
     assert "config.json" in fails(capsys, f"--workdir={tmp_path}", main=main)
-    (trained / "checkpoints" / "4").rmdir()
+    (trained / "checkpoints" / "rl" / "4").rename(trained / "checkpoints" / "rl" / "4.orbax-tmp")
     assert "no checkpoint" in fails(capsys, f"--workdir={trained}", main=main)
     assert "not understood" in fails(capsys, "stray", main=main)
     (trained / "config.json").write_text("{}")
@@ -261,6 +307,16 @@ def test_an_unreadable_image_is_one_line(capsys, method, trained, tmp_path):
 
 
 # ---- dry runs ----
+
+
+@pytest.mark.parametrize(("size", "memory"), [("tiny", "2.05 MB"), ("large", "8.00 kB")])
+def test_a_dry_run_shows_parameters_memory_mesh_and_batch(size, memory, capsys, method, tmp_path):
+    words = [f"--config={FAKE}:{size}", "--dry_run", f"--workdir={tmp_path / 'w'}"]
+    assert cli.guard(launch.main, words) == 0
+    shown = capsys.readouterr().out
+    assert "parameters: 512,000" in shown and memory in shown and "int32[256, 64]" in shown
+    assert "mesh: data=" in shown and '"lr": 0.001' in shown and "estimate" in shown
+    assert not (tmp_path / "w").exists()
 
 
 def sizes():
