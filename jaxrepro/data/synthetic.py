@@ -264,6 +264,7 @@ class Generator(NamedTuple):
     max_steps: int
     max_problem: int  # tokens of the question
     max_solution: int  # tokens of the solution and the end of turn
+    visual: int  # visual tokens of an image; four patches each
 
     def base(
         self, split: str, index: int, seed: int = 0, *, captions: float = 0.75
@@ -275,9 +276,11 @@ class Generator(NamedTuple):
 
 
 GENERATORS = {
-    "digits": Generator(digits.example, digits.equation, digits.PIECES, digits.MAX_STEPS, 5, 43),
-    "grid_count": Generator(grid_count, grid_equation, GRID_PIECES, 5, 7, 68),
-    "toy_chart": Generator(toy_chart, chart_equation, CHART_PIECES, 6, 4, 54),
+    "digits": Generator(
+        digits.example, digits.equation, digits.PIECES, digits.MAX_STEPS, 5, 43, 16
+    ),
+    "grid_count": Generator(grid_count, grid_equation, GRID_PIECES, 5, 7, 68, 16),
+    "toy_chart": Generator(toy_chart, chart_equation, CHART_PIECES, 6, 4, 54, 100),
 }
 
 
