@@ -1,0 +1,216 @@
+"""How peers are timed side by side, and what is kept.
+
+Every round runs each case once, in an order that alternates, so that a machine whose load drifts
+slows all of them alike; ratios are taken round by round, then their median and quartiles. The first
+call of a case, which compiles, is timed apart. A case must block until its work is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrepro import results
+
+
+class BenchError(ValueError):
+    """Bad input by the user, in one line."""
+
+
+class Timing(NamedTuple):
+    """Seconds of one case: its first call (with compilation), and one number a round."""
+
+    first_s: float
+    seconds: tuple[float, ...]
+
+
+@dataclass
+class Report:
+    """What a benchmark returns: groups of cases that did the same work, and notes on how."""
+
+    groups: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    packages: tuple[str, ...] = ()  # peers whose versions are recorded too
+
+
+Clock = Callable[[], float]
+
+
+def interleave(
+    cases: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    clock: Clock = time.perf_counter,
+) -> dict[str, Timing]:
+    """Times each case `rounds` times, interleaved; `warmup` more untimed calls after the first."""
+    if rounds < 1:
+        raise BenchError(f"--rounds={rounds} is not possible; 1 is the least")
+    first: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for name, run in cases.items():
+        start = clock()
+        run()
+        first[name] = clock() - start
+        for _ in range(warmup):
+            run()
+    order = list(cases)
+    for i in range(rounds):
+        for name in order if i % 2 == 0 else reversed(order):
+            start = clock()
+            cases[name]()
+            seconds[name].append(clock() - start)
+    return {name: Timing(first[name], tuple(seconds[name])) for name in cases}
+
+
+def group(
+    what: str,
+    unit: str,
+    timings: Mapping[str, Timing],
+    *,
+    work: float | None = None,
+    peers: Sequence[str] = (),
+) -> dict[str, Any]:
+    """One table: `work` / seconds (a rate) or, without `work`, the seconds themselves.
+
+    Ratios say how many times as fast a case is as the *fastest* of `peers`: a peer is shown at its best.
+    """
+    known = [p for p in peers if p in timings]
+    peer = min(known, key=lambda p: float(np.median(timings[p].seconds)), default="")
+    cases = []
+    for name, timing in timings.items():
+        seconds = np.asarray(timing.seconds)
+        values = seconds if work is None else work / seconds
+        ratio = None
+        if peer and name != peer:
+            ratio = _quartiles(np.asarray(timings[peer].seconds) / seconds)
+        cases.append(
+            {"case": name, **_quartiles(values), "first_s": timing.first_s, "ratio": ratio}
+            | {"seconds": list(timing.seconds)}
+        )
+    return {"what": what, "unit": unit, "peer": peer or "-", "cases": cases}
+
+
+def _quartiles(values: np.ndarray) -> dict[str, float]:
+    q1, median, q3 = np.quantile(values, [0.25, 0.5, 0.75])
+    return {"median": float(median), "q1": float(q1), "q3": float(q3)}
+
+
+# ---- finding and running ----
+
+
+def names() -> list[str]:
+    """The benchmarks of this package."""
+    here = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    return sorted(n for n in here if n != "harness" and not n.startswith("_"))
+
+
+def load(name: str) -> ModuleType:
+    """The module of a benchmark. Raises BenchError."""
+    if name not in names():
+        raise BenchError(f"benchmark {name!r} does not exist; there are {', '.join(names())}")
+    return importlib.import_module(f"jaxrepro.bench.{name}")
+
+
+def shape_hash(module: ModuleType, shape: str) -> str:
+    """Hash of a shape's numbers: what "stale" is decided by."""
+    text = json.dumps(module.SHAPES[shape], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def stale(data: Mapping[str, Any]) -> str:
+    """Why a bench-*.json no longer belongs to the code; "" where it does."""
+    try:
+        module = load(data["name"])
+    except BenchError:
+        return "the benchmark is gone"
+    if data["shape"] not in module.SHAPES:
+        return f"the benchmark has no shape {data['shape']} any more"
+    if shape_hash(module, data["shape"]) != data["shape_hash"]:
+        return "the benchmark's shape has changed since"
+    return ""
+
+
+def run(name: str, shape: str | None = None, rounds: int = 5) -> dict[str, Any]:
+    """Runs a benchmark; the content of its JSON file."""
+    module = load(name)
+    shape = shape or next(iter(module.SHAPES))
+    if shape not in module.SHAPES:
+        raise BenchError(f"--shape={shape} is unknown; {name} has {', '.join(module.SHAPES)}")
+    if rounds < 1:
+        raise BenchError(f"--rounds={rounds} is not possible; 1 is the least")
+    start, busy = time.monotonic(), list(os.getloadavg())
+    report = module.bench(module.SHAPES[shape], rounds)
+    device = results.device()
+    return {
+        "kind": "bench",
+        **results.provenance(device, (*results.PACKAGES, *report.packages)),
+        "name": name,
+        "shape": shape,
+        "shape_hash": shape_hash(module, shape),
+        "slug": results.device_slug(device),
+        "rounds": rounds,
+        "load": busy,
+        "minutes": (time.monotonic() - start) / 60,
+        "groups": report.groups,
+        "notes": report.notes,
+    }
+
+
+def show(data: Mapping[str, Any]) -> str:
+    """The tables of a result for a terminal."""
+    lines = [f"{data['name']}, shape {data['shape']}: {results.where(data)}", ""]
+    for one in data["groups"]:
+        head, rows = results.bench_rows(one)
+        widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+        lines.append(f"{one['what']} ({one['unit']})")
+        for row in [head, *rows]:
+            cells = [
+                c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))
+            ]
+            lines.append("  " + "  ".join(cells).rstrip())
+        lines.append("")
+    return "\n".join(lines + [f"- {note}" for note in data["notes"]])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise BenchError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Bad input is one line and exit code 2."""
+    try:
+        _main(sys.argv[1:] if argv is None else argv)
+    except BenchError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _main(argv: Sequence[str]) -> None:
+    parser = _Parser(prog="python -m jaxrepro.bench", description=__doc__, allow_abbrev=False)
+    parser.add_argument("name", help=f"one of {', '.join(names())}")
+    parser.add_argument("--shape", help="sizes to run; the benchmark's first by default")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
+    parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
+    parser.add_argument(
+        "--results", default=str(results.ROOT / "results"), help="folder to write to"
+    )
+    args = parser.parse_args(argv)
+    data = run(args.name, args.shape, args.rounds)
+    path = Path(args.results) / f"bench-{data['name']}-{data['shape']}-{data['slug']}.json"
+    results.write_json(path, data)
+    print(json.dumps(data, indent=1) if args.json else f"{show(data)}\n\nwrote {path}")

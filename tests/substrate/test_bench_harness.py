@@ -1,0 +1,139 @@
+"""Benchmarks: interleaving, ratios, discovery, files. A clock that the cases move; nothing is timed."""
+
+import json
+import types
+
+import pytest
+
+from jaxrepro import results
+from jaxrepro.bench import harness
+
+
+class FakeClock:
+    """Cases advance it by their own cost; it remembers their order."""
+
+    def __init__(self):
+        self.now, self.calls = 0.0, []
+
+    def __call__(self):
+        return self.now
+
+    def case(self, name, cost, first=0.0):
+        def run():
+            self.now += first if name not in self.calls else cost
+            self.calls.append(name)
+
+        return run
+
+
+def test_rounds_are_interleaved_in_alternating_order_and_compilation_is_apart():
+    clock = FakeClock()
+    cases = {"ours": clock.case("ours", 1.0, first=9.0), "peer": clock.case("peer", 2.0, first=3.0)}
+    got = harness.interleave(cases, 3, clock=clock)
+    assert got["ours"] == harness.Timing(9.0, (1.0, 1.0, 1.0))
+    assert got["peer"] == harness.Timing(3.0, (2.0, 2.0, 2.0))
+    assert clock.calls[4:] == ["ours", "peer", "peer", "ours", "ours", "peer"]
+
+
+def timings(**seconds):
+    return {name: harness.Timing(5.0, tuple(values)) for name, values in seconds.items()}
+
+
+def test_ratios_are_taken_round_by_round_against_the_fastest_peer():
+    got = harness.group(
+        "sampling",
+        "tokens/s",
+        timings(slow=[9.0, 9.0, 9.0], peer=[2.0, 4.0, 8.0], ours=[1.0, 2.0, 2.0]),
+        work=100.0,
+        peers=("slow", "peer"),
+    )
+    assert got["peer"] == "peer"
+    by_name = {c["case"]: c for c in got["cases"]}
+    assert by_name["ours"]["ratio"]["median"] == 2.0  # 2, 2, 4
+    assert by_name["ours"]["median"] == 50.0 and by_name["ours"]["first_s"] == 5.0
+    assert by_name["peer"]["ratio"] is None
+    assert by_name["slow"]["ratio"]["median"] == pytest.approx(4 / 9)
+
+
+def test_without_a_peer_there_is_no_ratio():
+    got = harness.group("step", "s", timings(ours=[1.0]), peers=())
+    assert got["peer"] == "-" and got["cases"][0]["ratio"] is None
+
+
+def test_every_benchmark_is_found_by_its_name_and_declares_shapes():
+    assert "grpo" in harness.names() and "harness" not in harness.names()
+    assert not any(n.startswith("_") for n in harness.names())
+    for name in harness.names():
+        module = harness.load(name)
+        assert module.SHAPES and callable(module.bench)
+        json.dumps(module.SHAPES)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    group = harness.group("work", "s", timings(peer=[2.0], jaxrepro=[1.0]), peers=("peer",))
+    module = types.ModuleType("fake")
+    module.SHAPES = {"small": {"n": 1}, "large": {"n": 2}}
+    module.bench = lambda shape, rounds: harness.Report([group], ["a note"], ("numpy",))
+    monkeypatch.setattr(harness, "names", lambda: ["fake"])
+    monkeypatch.setattr(harness, "load", lambda name: module)
+    monkeypatch.setattr(results, "commit", lambda *_: "abc123")
+    return module
+
+
+def test_the_command_writes_a_file_that_results_can_render(fake, tmp_path, capsys):
+    harness.main(["fake", f"--results={tmp_path}"])
+    shown = capsys.readouterr().out
+    assert "2.00x (2.00 to 2.00)" in shown and "a note" in shown
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("bench-fake-small-") and path.suffix == ".json"
+    text = results.render(results.read_all(tmp_path), harness.stale)
+    assert "### fake, shape small" in text and "2.00x" in text and "**Stale**" not in text
+    fake.SHAPES["small"]["n"] = 3
+    assert "**Stale**: the benchmark's shape has changed" in results.render(
+        results.read_all(tmp_path), harness.stale
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["fake", "--shape=huge"], "--shape=huge is unknown; fake has small, large"),
+        (["fake", "--rounds=0"], "--rounds=0 is not possible"),
+        (["fake", "--rounds=x"], "invalid int value"),
+        (["fake", "--round=3"], "unrecognized arguments"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(fake, argv, says, capsys):
+    with pytest.raises(SystemExit) as e:
+        harness.main(argv)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and says in err and err.count("\n") == 1
+
+
+def test_an_unknown_benchmark_names_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
+        harness.main(["nothing"])
+    assert "benchmark 'nothing' does not exist; there are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "slug"),
+    [
+        ({"platform": "cpu", "kind": "AMD EPYC", "count": 8}, "cpu"),
+        ({"platform": "gpu", "kind": "NVIDIA H200", "count": 1}, "h200"),
+        ({"platform": "gpu", "kind": "NVIDIA H100 80GB HBM3", "count": 8}, "8xh100"),
+        ({"platform": "tpu", "kind": "TPU v5 lite", "count": 4}, "4xtpu-v5-lite"),
+    ],
+)
+def test_a_device_has_a_short_name(device, slug):
+    assert results.device_slug(device) == slug
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    results.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": None}
+    with pytest.raises(TypeError):
+        results.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": None} and list(tmp_path.iterdir()) == [path]
