@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrepro.config import UserError
-from jaxrepro.ops.attention import attend, merge
+from jaxrepro.ops.attention import attend, attend_packed, merge
 
 REMAT = {
     "none": None,
@@ -214,29 +214,47 @@ class KV(NamedTuple):
     v: Any
 
 
+class Packed(NamedTuple):
+    """Keys (b, k, i, s) and values (b, k, s, i), a tuple of one per layer: how decode reads them."""
+
+    k: Any
+    v: Any
+
+
 class Prefix(NamedTuple):
     """A prompt that n rows share: row r of x attends to prefix r // n where `mask` (b, s)."""
 
-    kv: KV
+    kv: KV | Packed
     mask: Any
 
 
 class Cache(NamedTuple):
-    """Own tokens of each row; `kv` is a tuple per layer.
+    """Own tokens of each row; make one with `new_cache`.
 
     length: (b,) int32, where each row writes next, or () when all rows are at the same place
     (then the write is one slice in place). Slots at and beyond `length` are never read.
     """
 
-    kv: KV
+    kv: Packed
     length: Any
 
 
-def new_cache(cfg: TransformerConfig, rows: int, size: int) -> Cache:
-    """An empty lockstep cache of `size` slots for each of `rows` rows."""
-    shape = (rows, size, cfg.kv, cfg.head_dim)
-    kv = KV(*(tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.layers)) for _ in "kv"))
-    return Cache(kv, jnp.zeros((), jnp.int32))
+def new_cache(cfg: TransformerConfig, rows: int, size: int, *, lockstep: bool = False) -> Cache:
+    """An empty cache of `size` slots per row; lockstep: all rows always hold equally many tokens."""
+    empty = lambda *shape: tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.layers))
+    kv = Packed(
+        empty(rows, cfg.kv, cfg.head_dim, size),
+        empty(rows, cfg.kv, size, cfg.head_dim),
+    )
+    return Cache(kv, jnp.zeros(() if lockstep else (rows,), jnp.int32))
+
+
+def pack(kv: KV) -> Packed:
+    """Keys and values of `apply` as decode reads them; once, before the loop."""
+    k, v = (a if isinstance(a, tuple) else tuple(a) for a in kv)
+    return Packed(
+        tuple(jnp.transpose(a, (0, 2, 3, 1)) for a in k), tuple(jnp.swapaxes(a, 1, 2) for a in v)
+    )
 
 
 def embed(params: dict, cfg: TransformerConfig, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
@@ -317,7 +335,7 @@ def apply(
             own = own & (segment[:, None, :, None] == segment[:, None, None, :])
     else:
         params = unstack(params)
-        size, start = cache.kv.k[0].shape[1], cache.length
+        size, start = cache.kv.v[0].shape[2], cache.length
         if t > size:
             raise UserError(f"{t} tokens do not fit a cache of {size}: make the cache larger")
         last = start[..., None] + jnp.arange(t)  # (b, t) or (t,)
@@ -336,13 +354,13 @@ def apply(
     if isinstance(layers, tuple):
         out = []
         for j, w in enumerate(layers):
-            at = lambda kv: None if kv is None else KV(kv.k[j], kv.v[j])  # noqa: B023
+            at = lambda kv: None if kv is None else type(kv)(kv.k[j], kv.v[j])  # noqa: B023
             x, kv = layer(x, w, at(shared), at(cache and cache.kv))
             out.append(kv)
-        kv = KV(*map(tuple, zip(*out)))
+        kv = type(out[0])(*map(tuple, zip(*out)))
     else:
         if shared is not None and isinstance(shared.k, tuple):
-            shared = KV(jnp.stack(shared.k), jnp.stack(shared.v))
+            shared = type(shared)(jnp.stack(shared.k), jnp.stack(shared.v))
         x, kv = jax.lax.scan(lambda x, ws: layer(x, *ws, None), x, (layers, shared))
     x = rms_norm(x, params["norm"], cfg.eps)
     if cache is None:
@@ -357,26 +375,33 @@ def _layer(w, cfg, x, cos, sin, own, shared, shared_mask, old, start):
     if cfg.qkv_bias:
         q, k, v = (a + w[n].astype(y.dtype) for a, n in ((q, "bq"), (k, "bk"), (v, "bv")))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    if old is not None:
-        k, v = _write(old.k, k, start), _write(old.v, v, start)
-    o, lse = attend(q, k, v, own)
+    if old is None:
+        kv = KV(k, v)
+        o, lse = attend(q, k, v, own)
+    else:
+        kv = _write(old, k, v, start)
+        o, lse = attend_packed(q, kv.k, kv.v, own)
     if shared is not None:
         b, t, h, i = q.shape
-        p = shared_mask.shape[0]  # rows of one prompt become more queries of one row
-        o_p, lse_p = attend(
-            q.reshape(p, -1, h, i), shared.k, shared.v, shared_mask[:, None, None, :]
-        )
+        p = shared_mask.shape[0]  # the rows of one prompt become more queries of one row
+        see = attend_packed if isinstance(shared, Packed) else attend
+        o_p, lse_p = see(q.reshape(p, -1, h, i), *shared, shared_mask[:, None, None, :])
         o = merge(o_p.reshape(b, t, h, i), lse_p.reshape(b, t, h), o, lse)
     x = x + jnp.einsum("bthi,hid->btd", o, w["wo"].astype(y.dtype))
     y = rms_norm(x, w["mlp_norm"], cfg.eps)
     gate, up = (jnp.einsum("btd,df->btf", y, w[n].astype(y.dtype)) for n in ("gate", "up"))
     x = x + jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, w["down"].astype(y.dtype))
-    return x, KV(k, v)
+    return x, kv
 
 
-def _write(old, new, start):
-    """Put new (b, t, k, i) into old (b, s, k, i) from slot `start` on: one for all rows, or one each."""
+def _write(old, k, v, start):
+    """Put k, v (b, t, k, i) into a layer of a cache from slot `start` on: one for all rows, or one each."""
     if start.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
-    b, t = new.shape[:2]
-    return old.at[jnp.arange(b)[:, None], start[:, None] + jnp.arange(t)].set(new)
+        put = jax.lax.dynamic_update_slice_in_dim
+        return Packed(
+            put(old.k, jnp.transpose(k, (0, 2, 3, 1)), start, axis=3),
+            put(old.v, jnp.swapaxes(v, 1, 2), start, axis=2),
+        )
+    b, t = k.shape[:2]
+    row, slot = jnp.arange(b)[:, None], start[:, None] + jnp.arange(t)
+    return Packed(old.k.at[row, :, :, slot].set(k), old.v.at[row, :, slot].set(v))

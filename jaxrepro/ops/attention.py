@@ -25,20 +25,37 @@ def attend(
 
     A query whose mask is False everywhere gets o = 0 and lse = MASKED.
     """
+    return attend_packed(q, jnp.transpose(k, (0, 2, 3, 1)), jnp.swapaxes(v, 1, 2), mask)
+
+
+def attend_packed(
+    q: Float[Array, "b t h i"],
+    k: Float[Array, "b k i s"],
+    v: Float[Array, "b k s i"],
+    mask: Bool[Array, "#b #1 #t s"],
+) -> tuple[Float[Array, "b t h i"], Float[Array, "b t h"]]:
+    """`attend` on keys and values that lie as its two matrix products read them.
+
+    A decode loop stores them so: one new query per row leaves nothing to amortise a transpose over.
+    """
     b, t, h, i = q.shape
-    kv = k.shape[2]
-    grouped = q.reshape(b, t, kv, h // kv, i)
-    scores = jnp.einsum("btkgi,bski->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    keep = mask[:, :, None]  # (b, 1, 1, t, s)
+    kv = k.shape[1]
+    g = h // kv
+    grouped = q.reshape(b, t, kv, g, i).transpose(0, 2, 1, 3, 4).reshape(b, kv, t * g, i)
+    scores = jnp.einsum("bkqi,bkis->bkqs", grouped, k, preferred_element_type=jnp.float32)
+    keep = jnp.repeat(mask, g, axis=2) if mask.shape[2] > 1 else mask  # (b, 1, t g, s)
     scores = jnp.where(keep, scores * i**-0.5, MASKED)
-    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.where(keep, jnp.exp(scores - top), 0.0)
+    # a floor above MASKED, so that exp gives 0 where there is no key at all
+    top = jax.lax.stop_gradient(jnp.clip(scores.max(-1, keepdims=True), min=MASKED / 2))
+    weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
+    o = jnp.einsum("bkqs,bksi->bkqi", weights.astype(v.dtype), v)
     some = total > 0
     total = jnp.where(some, total, 1.0)
-    o = jnp.einsum("bkgts,bski->btkgi", (weights / total).astype(v.dtype), v)
-    lse = jnp.where(some, top + jnp.log(total), MASKED)[..., 0]  # (b, k, g, t)
-    return o.reshape(b, t, h, i), jnp.moveaxis(lse, -1, 1).reshape(b, t, h)
+    o = (o / total).astype(q.dtype)
+    lse = jnp.where(some, top + jnp.log(total), MASKED)
+    back = lambda a: a.reshape(b, kv, t, g, -1).transpose(0, 2, 1, 3, 4).reshape(b, t, h, -1)
+    return back(o), back(lse)[..., 0]
 
 
 def merge(

@@ -128,12 +128,12 @@ def generate(
     hidden, kv = transformer.apply(
         params, cfg, prompts.x, position=prompts.position, segment=prompts.segment
     )
-    prefix = Prefix(kv, prompts.segment > 0)
+    prefix = Prefix(transformer.pack(kv), prompts.segment > 0)
     shape = (sampling.max_new, rows)
     state = _Loop(
         step=jnp.zeros((), jnp.int32),
         token=jnp.zeros(rows, jnp.int32),
-        cache=transformer.new_cache(cfg, rows, max(1, sampling.max_new - 1)),
+        cache=transformer.new_cache(cfg, rows, max(1, sampling.max_new - 1), lockstep=True),
         done=jnp.zeros(rows, bool),
         length=jnp.zeros(rows, jnp.int32),
         record=(
