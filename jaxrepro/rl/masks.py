@@ -5,7 +5,7 @@ pad and eos, and a mask made from ids would then punch holes into its own sample
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Num
+from jaxtyping import Array, Bool, Int, Shaped
 
 
 def from_length(length: Int[Array, "*b"], t: int) -> Bool[Array, "*b t"]:
@@ -37,6 +37,6 @@ def last(mask: Bool[Array, "*b t"]) -> Bool[Array, "*b t"]:
     return mask & (jnp.cumsum(mask[..., ::-1], -1)[..., ::-1] == 1)
 
 
-def masked_mean(x: Num[Array, "*b"], mask: Bool[Array, "*b"]) -> tuple[Array, Array]:
+def masked_mean(x: Shaped[Array, "*b"], mask: Bool[Array, "*b"]) -> tuple[Array, Array]:
     """(sum, weight) of the kept values, in float32."""
     return jnp.where(mask, x, 0).astype(jnp.float32).sum(), mask.sum().astype(jnp.float32)
