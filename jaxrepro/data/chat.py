@@ -40,9 +40,6 @@ def render(question: str, image_tokens: Sequence[int] = (), *, system: str = SYS
     )
 
 
-prompt = render
-
-
 def answer(text: str) -> str:
     """What the assistant writes after the prompt: the text and the end of its turn, which is the eos."""
     return f"{text}{IM_END}"
