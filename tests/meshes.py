@@ -5,6 +5,7 @@ import numpy as np
 
 from jaxrepro import sharding
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compile
 SHAPES = ((1, 1, 1, 1), (2, 2, 1, 2), (8, 1, 1, 1), (1, 4, 1, 2))
 
 
@@ -36,6 +37,7 @@ def on_mesh(loss, params, axes, batch, shape):
         jax.value_and_grad(lambda p, b: loss(p, b)[0]),
         in_shardings=(params_at, batch_at),
         out_shardings=(sharding.replicated(mesh), params_at),
+        compiler_options=QUICK,
     )
     with jax.set_mesh(mesh):
         return run(sharding.place(params, params_at), sharding.place(batch, batch_at))

@@ -9,6 +9,7 @@ a number for a name is complete: orbax renames it into place. Saving goes on in 
 `wait` or `close` before leaving, or the last one is lost.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from jaxrepro.train.state import State
 FORMAT = 1
 FOLDER = "checkpoints"
 BEST = "-best"
+
+
+def _not_orbax(record) -> bool:
+    return "orbax" not in record.pathname
 
 
 def leaves_of(tree) -> dict[str, str]:
@@ -99,6 +104,8 @@ class Checkpoints:
     def __init__(self, workdir, stage: str, *, keep: int = 2, read_only: bool = False):
         import orbax.checkpoint as ocp
 
+        # Threads of orbax log a traceback for each error that `writing` turns into one line.
+        logging.getLogger("absl").addFilter(_not_orbax)
         self._ocp, self.stage = ocp, stage
         self.folder = Path(workdir).absolute() / FOLDER / stage
         self._mark = self.folder.with_name(stage + ".done.json")

@@ -38,7 +38,7 @@ def schedule(name: str, lr, steps: int, warmup: int = 0, end=0.0) -> Callable:
     `end * lr` at `steps`. The first step already has lr / warmup."""
     if name not in SCHEDULES:
         raise UserError(f"schedule={name!r} is unknown; use one of {', '.join(SCHEDULES)}")
-    if warmup and warmup >= steps:
+    if name != "constant" and warmup and warmup >= steps:
         raise UserError(f"warmup={warmup} leaves nothing of steps={steps}; use fewer")
 
     def f(step):

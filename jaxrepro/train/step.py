@@ -58,11 +58,12 @@ def global_norm(tree):
     return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
 
 
-def accumulate(loss: Callable, part, batch, micro_batches: int = 1):
+def accumulate(loss: Callable, part, batch, micro_batches: int = 1, shardings=None):
     """(loss_sum, weight_sum, aux, gradients of loss_sum), all float32 sums over the batch.
 
     `loss(part, batch) -> (loss_sum, weight_sum, aux)`; an aux value is a sum (its weight is
-    weight_sum) or a pair (sum, weight); it comes back as a pair.
+    weight_sum) or a pair (sum, weight); it comes back as a pair. `shardings`, a tree like `part`,
+    pins the gradients: without it XLA may keep the accumulator whole on every device.
     """
 
     def sums(part, rows):
@@ -74,13 +75,18 @@ def accumulate(loss: Callable, part, batch, micro_batches: int = 1):
 
     def one(rows):
         (total, (weight, aux)), grads = jax.value_and_grad(sums, has_aux=True)(part, rows)
-        return total, weight, aux, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        if shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, shardings)
+        return total, weight, aux, grads
 
     if micro_batches == 1:
         return one(batch)
     rows = split(batch, micro_batches)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], rows))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    if shardings is not None:
+        zeros = (*zeros[:3], jax.lax.with_sharding_constraint(zeros[3], shardings))
     add = lambda carry, rows: (jax.tree.map(jnp.add, carry, one(rows)), None)
     return jax.lax.scan(add, zeros, rows)[0]
 
@@ -93,6 +99,7 @@ def make_step(
     max_grad_norm: float | int | None = None,
     stats: Callable | None = None,
     trainable: Any = None,
+    shardings: Any = None,
 ) -> Callable[[State, Any], tuple[State, dict]]:
     """Build `step(state, batch) -> (state, metrics)`, pure; `compile_step` jits it.
 
@@ -100,6 +107,7 @@ def make_step(
     without gradient over the whole batch, the loss is called as loss(params, batch, stats).
     trainable: see `state.trainable_mask`; frozen leaves have neither gradient nor moments.
     max_grad_norm clips the gradient of the mean loss by its global norm (None or 0: no clipping).
+    shardings: of the parameters; pins the gradients there (give it wherever fsdp or tensor > 1).
 
     metrics (float32 scalars): loss, weight, every aux (sum / weight, 0 where the weight is 0),
     grad_norm before clipping, param_norm, lr where the optimiser tells it, `nonfinite`. If the loss
@@ -112,7 +120,8 @@ def make_step(
         part = select(params, mask)
         shared = () if stats is None else (jax.lax.stop_gradient(stats(params, batch)),)
         objective = lambda part, rows: loss(merge(part, params, mask), rows, *shared)
-        total, weight, aux, grads = accumulate(objective, part, batch, micro_batches)
+        at = None if shardings is None else select(shardings, mask)
+        total, weight, aux, grads = accumulate(objective, part, batch, micro_batches, at)
 
         grads = jax.tree.map(lambda g: _ratio(g, weight), grads)
         norm = global_norm(grads)
