@@ -33,7 +33,6 @@ DESCRIPTION = "### Image Description:"
 RATIONALES = "### Rationales:"
 THINK = "### Let's think step by step."
 ANSWER = "### The final answer is:"
-CAPTION = "describe the image"
 REFLECTION = "I think I have made a mistake. Let me rethink it."
 
 _STEP = re.compile(r"### Step \d+:")
@@ -103,7 +102,10 @@ def with_format_noise(example: Mapping[str, Any], share: float, seed: int = 0) -
 
 
 def caption_of(example: Mapping[str, Any]) -> dict[str, Any]:
-    """The same image with the description alone as its target: a model learns to see before it reasons."""
+    """The same image and question, answered by the description alone: a model sees before it reasons.
+
+    The question stays, so that what the model learns of the image holds where the question is.
+    """
     rest = {k: v for k, v in example.items() if k != "answer"}
     description = [part for part in blocks(example["solution"]) if part[0] == DESCRIPTION]
     if not description:
@@ -111,7 +113,6 @@ def caption_of(example: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **rest,
         "id": example["id"] + "/caption",
-        "problem": CAPTION,
         "solution": join_blocks(description),
         "key_steps": {"Steps": []},
     }
@@ -120,10 +121,10 @@ def caption_of(example: Mapping[str, Any]) -> dict[str, Any]:
 def format_pieces(max_steps: int) -> tuple[str, ...]:
     """Vocabulary pieces of the format, one token a header, for solutions of up to max_steps.
 
-    One step header more than that, because shifted step numbers need it, and the caption's prompt.
+    One step header more than that, because shifted step numbers need it.
     """
     steps = [step_header(i) + "\n" for i in range(1, max_steps + 2)]
-    return (DESCRIPTION + "\n", RATIONALES + "\n", THINK, *steps, ANSWER + "\n", CAPTION)
+    return (DESCRIPTION + "\n", RATIONALES + "\n", THINK, *steps, ANSWER + "\n")
 
 
 class Loaded(NamedTuple):

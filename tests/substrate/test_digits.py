@@ -9,7 +9,6 @@ import pytest
 
 from jaxrepro.config import UserError
 from jaxrepro.data import digits, images
-from jaxrepro.data.stepwise import CAPTION
 from jaxrepro.data.text import IM_END, closed_vocabulary
 
 EXAMPLES = [digits.example("train", i) for i in range(300)]
@@ -100,7 +99,7 @@ def test_base_stage_examples_encode_and_are_right(tokenizer):
         assert e["image"] is None and e["problem"] == left and eval(left) == int(right)
         assert len(tokenizer.encode(e["solution"])) == 5
     e = digits.caption("test", 3)
-    assert e["problem"] == CAPTION and e["solution"].endswith(" ".join(map(str, e["digits"])))
+    assert e["solution"].endswith(" ".join(map(str, e["digits"])))
     tokenizer.encode(e["problem"] + "\n" + e["solution"])
 
 

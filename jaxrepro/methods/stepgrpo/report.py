@@ -1,0 +1,83 @@
+"""What a finished run leaves for a reader: lines, samples.md with pictures, items for paired statistics."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrepro import stats
+from jaxrepro.train.files import write_json
+from jaxrepro.train.loop import Run
+
+SHOWN = 8
+
+
+def line(results: Mapping[str, float], prefix: str) -> str:
+    """Accuracy with its interval, and validity, for the terminal."""
+    get = lambda name: 100 * results[f"{prefix}{name}"]
+    return (
+        f"accuracy {get('accuracy'):.1f} % [{get('accuracy_lo'):.1f}, {get('accuracy_hi'):.1f}] "
+        f"(n = {results[f'{prefix}n']:.0f}), validity of samples {get('sampled_validity'):.1f} %"
+    )
+
+
+def gains(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy after minus before on the same questions, with a paired bootstrap interval."""
+    pairs = [(b, a) for b, a in zip(before["correct"], after["correct"]) if None not in (a, b)]
+    if not pairs:
+        return {}
+    found = stats.paired_bootstrap([a for _, a in pairs], [b for b, _ in pairs])
+    return {"test/gain": found.mean, "test/gain_lo": found.lo, "test/gain_hi": found.hi}
+
+
+def gain(results: Mapping[str, float]) -> str:
+    """The gain in points, for the terminal."""
+    points = [100 * results[f"test/gain{end}"] for end in ("", "_lo", "_hi")]
+    return "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*points)
+
+
+def first_updates(workdir: Path, count: int) -> dict[str, float]:
+    """Share of groups without a gradient over the first updates, and of the last ones, read from the log."""
+    rows = [json.loads(text) for text in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["stage"] == "rl"]
+    mean = lambda part, name: sum(row[name] for row in part) / len(part)
+    if not rows:
+        return {}
+    first, last = rows[:count], rows[-count:]
+    return {
+        "rl/zero_std_first": mean(first, "zero_std"),
+        "rl/zero_std_last": mean(last, "zero_std"),
+        "rl/sampled_accuracy_first": mean(first, "accuracy"),
+        "rl/sampled_accuracy_last": mean(last, "accuracy"),
+        "rl/sampler_gap_max": max(row["sampler_gap_max"] for row in rows),
+    }
+
+
+def write(
+    run: Run,
+    examples: Sequence[Mapping[str, Any]],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+) -> None:
+    """samples.md with its pictures, and items.json: the outcome of every test question."""
+    items = {"before/test": before["correct"], "after/test": after["correct"]}
+    write_json(run.path("items.json"), items)
+    out = ["# Test questions, answered before and after reinforcement", ""]
+    for i, example in enumerate(examples[:SHOWN]):
+        if example.get("image") is not None:
+            out += [f"![question {i}](samples/{picture(run, i, example['image'])})", ""]
+        out += [f"**{example['problem']}**", ""]
+        for when, outcome in (("before", before), ("after", after)):
+            mark = "right" if outcome["correct"][i] else "wrong"
+            out += [f"{when} ({mark}):", "", "```", outcome["texts"][i], "```", ""]
+    run.path("samples.md").write_text("\n".join(out))
+
+
+def picture(run: Run, i: int, image: Any) -> str:
+    """Save an example's picture for the report; its file name."""
+    from PIL import Image
+
+    name = f"{i}.png"
+    found = image if isinstance(image, Image.Image) else Image.open(image)
+    found.convert("RGB").save(run.path(f"samples/{name}"))
+    return name

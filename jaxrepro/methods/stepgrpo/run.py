@@ -1,0 +1,438 @@
+"""StepGRPO end to end: base stage, warm-up SFT, group-relative RL with step-wise rewards, evaluation.
+
+    base       captions and text-only equations; stands in for pretraining where there is no checkpoint
+    sft        warm-up on solutions in the literal format; ends at a validation accuracy, or at a step
+    rl         per update: sample M completions a question, reward, normalise in the group, one AdamW step
+               (arm "sft" instead goes on with SFT for as many updates: the control)
+    evaluate   greedy answers of held-out questions, and the validity of samples, before and after
+
+One run trains one arm; `jaxrepro.reproduce` compares arms from one warm-up (`init_from`).
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrepro import sharding
+from jaxrepro.config import UserError
+from jaxrepro.methods.stepgrpo import evaluation, objective, report, rewards
+from jaxrepro.methods.stepgrpo.presets import ARMS
+from jaxrepro.methods.stepgrpo.task import Task, build, geometry, lengths, texts
+from jaxrepro.models import qwen2_vl
+from jaxrepro.models.scoring import completion_log_probs, nll
+from jaxrepro.rl import masks
+from jaxrepro.rl.advantages import group_advantage, scored
+from jaxrepro.rollout.generate import FINISH_LENGTH, Prompts, Samples, Sampling, generate
+from jaxrepro.train import checkpoint, memory, optim
+from jaxrepro.train.loop import Run
+from jaxrepro.train.state import State, init_state, state_shardings
+from jaxrepro.train.step import compile_step, make_step
+
+CONTROL = "sft"  # the arm that goes on with supervised training
+advantages = jax.jit(group_advantage, static_argnames="mode")
+FIRST = 10  # updates over which the share of zero-gradient groups is claimed
+
+
+class Setting(NamedTuple):
+    """What every stage shares."""
+
+    config: Any
+    task: Task
+    behaviour: rewards.Behaviour
+    mesh: Any
+    shardings: Any  # of the parameters
+
+
+def run(
+    config: Any, workdir: Any, *, resume: str = "auto", profile: str | None = None
+) -> dict[str, float]:
+    """Train one arm in `workdir`; returns what summary.json holds."""
+    check(config)
+    s = prepare(config)
+    with Run(
+        config, workdir, resume=resume, profile=profile, show=("loss", "accuracy", "validity")
+    ) as run:
+        if run.finished:
+            return run.results
+        params = warm_up(run, s)
+        held = evaluation.hold(s.task, "test", config.eval.n, config.eval.batch)
+        examine = examiner(s, held)
+        before = run.once("before", lambda: examine(params, "before/test/"))
+        print(f"after warm-up: {report.line(before['rates'], 'before/test/')}", flush=True)
+        if not config.steps:
+            return run.summary(before["rates"])
+        params = (continue_sft if config.arm == CONTROL else reinforce)(run, s, params)
+        after = examine(params, "after/test/")
+        report.write(run, held.examples, before, after)
+        results = before["rates"] | after["rates"] | report.first_updates(run.workdir, FIRST)
+        results |= report.gains(before, after)
+        run.summary(results)
+        print(
+            f"after {config.arm}: {report.line(results, 'after/test/')}; gain {report.gain(results)}",
+            flush=True,
+        )
+        return run.results
+
+
+def check(config: Any) -> None:
+    """UserError for settings that can't work, before anything is built."""
+    if config.arm not in (*ARMS, CONTROL):
+        raise UserError(f"arm={config.arm!r} is not one of {', '.join((*ARMS, CONTROL))}")
+    if config.rl.samples < 2:
+        raise UserError(f"rl.samples={config.rl.samples}; a group needs at least 2 to compare")
+    if config.steps < 0 or config.rl.batch < 1:
+        raise UserError(
+            f"steps={config.steps} and rl.batch={config.rl.batch}; steps >= 0 and batch >= 1"
+        )
+    if not config.rl.temperature > 0:
+        raise UserError(
+            f"rl.temperature={config.rl.temperature}; sampling needs a temperature above 0"
+        )
+
+
+def prepare(config: Any) -> Setting:
+    """Task, reward behaviour, mesh and where the parameters lie."""
+    behaviour = rewards.Behaviour.preset(config.preset, **config.behaviour.to_dict())
+    mesh = sharding.make_mesh(config.mesh)
+    task = build(config)
+    abstract = qwen2_vl.abstract(task.cfg)
+    return Setting(
+        config, task, behaviour, mesh, sharding.shard_tree(qwen2_vl.axes(task.cfg), abstract, mesh)
+    )
+
+
+# --- supervised stages -------------------------------------------------------------------------
+
+
+def warm_up(run: Run, s: Setting) -> Any:
+    """Parameters after base stage and warm-up SFT, or those of `init_from`."""
+    config = s.config
+    if config.init_from:
+        return checkpoint.load(
+            config.init_from, qwen2_vl.abstract(s.task.cfg), stage="sft", shardings=s.shardings
+        )
+    fresh = lambda: initial(s)
+    if config.base.steps:
+        params = supervise(run, s, "base", config.base, config.base.steps, fresh)
+        fresh = lambda: params
+    return supervise(
+        run, s, "sft", config.sft, config.sft.steps, fresh, stop_at=config.sft.stop_accuracy
+    )
+
+
+def continue_sft(run: Run, s: Setting, params: Any) -> Any:
+    """The control: as many SFT updates on fresh examples, with a fresh optimiser as RL has."""
+    return supervise(run, s, "more", s.config.sft, s.config.steps, lambda: params)
+
+
+def initial(s: Setting) -> Any:
+    """Random parameters, or those of `model.path`."""
+    if s.config.model.path:
+        from jaxrepro.models import hf
+
+        return hf.load(s.config.model.path, s.task.cfg, shardings=s.shardings)
+    draw = jax.jit(partial(qwen2_vl.init, cfg=s.task.cfg), out_shardings=s.shardings)
+    return draw(jax.random.key(s.config.seed))
+
+
+def supervise(
+    run: Run,
+    s: Setting,
+    stage: str,
+    settings: Any,
+    total: int,
+    params: Any,
+    *,
+    stop_at: float = 0.0,
+) -> Any:
+    """SFT of one stage; `params()` gives its start. Ends at the first validation accuracy >= stop_at > 0."""
+    state, step = start(run, s, stage, settings, total, params, sft_loss)
+    data = s.task.batches(stage, settings.batch, seed=s.config.seed, solutions=True)
+    every = settings.get("check_every", 0) if stop_at else 0
+    if every:
+        held = evaluation.hold(
+            s.task, "validation", s.config.eval.validation_n, s.config.eval.batch
+        )
+        sample = sampler(s, n=1, temperature=0.0)
+    for i in run.steps(state, total):
+        batch = data[i]
+        state, metrics = step(state, place(s, batch.arrays))
+        if every and (i + 1) % every == 0:
+            completions = evaluation.answers(sample, state.params, s.task, held, run.key(i))
+            parts = evaluation.score(held.examples, completions, s.behaviour)
+            metrics["accuracy"] = float(np.mean([p["accuracy"] or 0.0 for p in parts]))
+        ready = stop_at > 0 and metrics.get("accuracy", 0.0) >= stop_at
+        run.log(i, metrics, ids=batch.ids)
+        run.save(i, state, final=ready)
+        if ready:
+            break
+    return state.params
+
+
+def sft_loss(params: Any, batch: Any, *, s: Setting) -> Any:
+    """Summed negative log-likelihood of the assistant's tokens, their number."""
+    cfg, tokens = s.task.cfg, batch["tokens"]
+    x = qwen2_vl.embed(params, cfg, tokens.tokens, batch["vision"])
+    return *nll(params["text"], cfg.text, x, tokens), {}
+
+
+# --- reinforcement -----------------------------------------------------------------------------
+
+
+def reinforce(run: Run, s: Setting, params: Any) -> Any:
+    """StepGRPO, or one of its reward arms: one AdamW step per batch of rollouts, frozen reference."""
+    config, rl = s.config, s.config.rl
+    reference = jax.tree.map(jnp.copy, params)  # the stage's state gives its buffers away
+    state, step = start(run, s, "rl", rl, config.steps, lambda: params, rl_loss)
+    sample = sampler(s, n=rl.samples, temperature=temperature(s))
+    log_probs = jax.jit(partial(policy_log_probs, s=s))
+    pay = dict(alpha=rl.alpha, gate=s.behaviour.gate, arm=config.arm)
+    data = s.task.batches("rl", rl.batch, seed=config.seed, solutions=False)
+    for i in run.steps(state, config.steps):
+        batch = data[i]
+        ids = np.arange(i * rl.batch, (i + 1) * rl.batch, dtype=np.int32)
+        drawn = sample(state.params, batch.arrays, ids, run.key(i))
+        tokens, length, finish = jax.device_get((drawn.tokens, drawn.length, drawn.finish))
+        examples = [e for e in batch.examples for _ in range(rl.samples)]
+        parts = evaluation.score(examples, texts(s.task.tokenizer, tokens, length), s.behaviour)
+        paid = [rewards.components(p, **pay) for p in parts]
+        advantage, metrics = compare(paid, rl)
+        rows = place(s, batch.arrays) | {"tokens": drawn.tokens, "length": drawn.length}
+        rows["lp_sampler"] = (
+            drawn.lp_sampler if s.behaviour.loss_temperature == "match" else drawn.lp_raw
+        )
+        rows["advantage"] = advantage
+        rows["ref_lp"] = log_probs(reference, rows)
+        state, measured = step(state, rows)
+        metrics |= rewards.summarise(parts, **pay) | measured
+        metrics["truncated"] = float(np.mean(finish == FINISH_LENGTH))
+        run.log(i, metrics, ids=batch.ids)
+        run.save(i, state)
+    return state.params
+
+
+def compare(paid: list[Any], rl: Any) -> tuple[jax.Array, dict[str, Any]]:
+    """Advantages (b, n) of flat (r_acc, r_val) pairs, and the share of groups without a gradient."""
+    n = rl.samples
+    flat = [None if p is None else sum(p) for p in paid]
+    reward, known = scored([flat[j : j + n] for j in range(0, len(flat), n)])
+    if rl.advantage == "gdpo":
+        both = np.array([p or (0.0, 0.0) for p in paid], np.float32)
+        reward = both.reshape(*reward.shape, 2)
+    found = advantages(reward, known, mode=rl.advantage)
+    return found.value, {"zero_std": found.frac_zero_std}
+
+
+def policy_log_probs(params: Any, rows: Any, *, s: Setting, entropy: bool = False) -> Any:
+    """lp (b, n, t) of the sampled tokens at the temperature of the loss [, entropy]."""
+    cfg, prompts = s.task.cfg, rows["prompts"]
+    x = qwen2_vl.embed(params, cfg, prompts.tokens, rows["vision"])
+    return completion_log_probs(
+        params["text"],
+        cfg.text,
+        x,
+        prompts.position,
+        prompts.segment,
+        prompts.next_position,
+        rows["tokens"],
+        rows["length"],
+        temperature=temperature(s) if s.behaviour.loss_temperature == "match" else 1.0,
+        entropy=entropy,
+    )
+
+
+def rl_loss(params: Any, rows: Any, *, s: Setting) -> Any:
+    """objective.loss of a batch of rollouts."""
+    rl = s.config.rl
+    lp, entropy = policy_log_probs(params, rows, s=s, entropy=True)
+    return objective.loss(
+        lp,
+        rows["ref_lp"],
+        rows["advantage"],
+        masks.from_length(rows["length"], lp.shape[-1]),
+        beta=rl.beta,
+        max_length=lp.shape[-1],
+        lp_sampler=rows["lp_sampler"],
+        entropy=entropy,
+        **objective.LOSSES[rl.loss],
+    )
+
+
+# --- shared by the stages ----------------------------------------------------------------------
+
+
+def start(
+    run: Run, s: Setting, stage: str, settings: Any, total: int, params: Any, loss: Any
+) -> tuple[State, Any]:
+    """The stage's state, resumed or fresh, and its compiled step."""
+    optimizer = optim.optimizer(settings, steps=total)
+    frozen = tuple(settings.get("freeze", ()))
+    shapes = qwen2_vl.abstract(s.task.cfg)
+    trainable = qwen2_vl.trainable(
+        shapes, [p for p in ("lm", "merger", "vision") if p not in frozen]
+    )
+    begin = partial(init_state, optimizer=optimizer, trainable=trainable)
+    abstract = jax.eval_shape(begin, shapes)
+    shardings = state_shardings(abstract, s.shardings, s.mesh)
+    state = run.restore(
+        lambda: begin(params()), stage=stage, shardings=shardings, abstract=abstract, jit=False
+    )
+    step = make_step(
+        partial(loss, s=s),
+        optimizer,
+        micro_batches=settings.get("micro_batches", 1),
+        max_grad_norm=settings.get("max_grad_norm", 1.0),
+        trainable=trainable,
+    )
+    return state, compile_step(step, shardings)
+
+
+def place(s: Setting, arrays: Any) -> Any:
+    """A host batch on the mesh: rows over (data, fsdp)."""
+    return jax.device_put(arrays, sharding.batch_sharding(s.mesh, arrays))
+
+
+def temperature(s: Setting) -> float:
+    """Of the rollouts: the preset's where its script ignores the config, else the config's."""
+    fixed = s.behaviour.temperature
+    return s.config.rl.temperature if fixed is None else fixed
+
+
+def sampler(s: Setting, *, n: int, temperature: float, max_new: int | None = None) -> Any:
+    """Compiled `(params, batch, request_ids, key) -> Samples`, n completions a prompt."""
+    cfg = s.task.cfg
+    top_k = s.behaviour.top_k if temperature else 0
+    settings = Sampling(
+        max_new=max_new or s.task.encoder.max_completion,
+        eos=(cfg.eos,),
+        pad=cfg.pad,
+        temperature=temperature,
+        top_k=top_k or 0,
+    )
+
+    @jax.jit
+    def draw(params: Any, batch: Any, ids: Any, key: Any) -> Samples:
+        rows = batch["prompts"]
+        x = qwen2_vl.embed(params, cfg, rows.tokens, batch["vision"])
+        prompts = Prompts(x, rows.position, rows.segment, rows.next_position)
+        return generate(
+            params["text"], cfg.text, prompts, request_ids=ids, key=key, sampling=settings, n=n
+        )
+
+    return lambda params, batch, ids, key: draw(params, place(s, batch), ids, key)
+
+
+def examiner(s: Setting, held: evaluation.Held) -> Any:
+    """`(params, prefix) -> {"rates", "texts", "correct"}`: greedy answers, and validity of T = 1 samples."""
+    greedy, drawn = sampler(s, n=1, temperature=0.0), sampler(s, n=1, temperature=1.0)
+
+    def examine(params: Any, prefix: str) -> dict[str, Any]:
+        key = jax.random.key(0)  # the same for every arm and moment: a paired comparison
+        texts = evaluation.answers(greedy, params, s.task, held, key)
+        parts = evaluation.score(held.examples, texts, s.behaviour)
+        samples = evaluation.answers(drawn, params, s.task, held, key)
+        rates = evaluation.rates(parts, prefix)
+        sampled = evaluation.rates(
+            evaluation.score(held.examples, samples, s.behaviour), prefix + "sampled_"
+        )
+        return {"rates": rates | sampled, "texts": texts, "correct": [p["accuracy"] for p in parts]}
+
+    return examine
+
+
+# --- after training, and before it ---------------------------------------------------------------
+
+
+def trained(config: Any, workdir: Any) -> tuple[Setting, Any]:
+    """The setting and the last parameters of a run."""
+    s = prepare(config)
+    return s, checkpoint.load(workdir, qwen2_vl.abstract(s.task.cfg), shardings=s.shardings)
+
+
+def evaluate(
+    config: Any, workdir: Any, *, split: str = "test", n: int | None = None
+) -> dict[str, float]:
+    """Rates of a trained run on a split."""
+    s, params = trained(config, workdir)
+    held = evaluation.hold(s.task, split, n or config.eval.n, config.eval.batch)
+    return examiner(s, held)(params, f"{split}/")["rates"]
+
+
+def sample(
+    config: Any,
+    workdir: Any,
+    *,
+    prompt: str | None = None,
+    image: Any = None,
+    n: int = 1,
+    temperature: float | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Answers of a trained run to a question about an image; without a prompt, to n test questions."""
+    s, params = trained(config, workdir)
+    heat = 0.0 if temperature is None else temperature
+    if prompt is None:
+        if image is not None:
+            raise UserError("--image needs --prompt: the question about it")
+        examples, count = s.task.split("test", n), 1
+    else:
+        examples, count = [{"id": "prompt", "image": image, "problem": prompt}], n
+    draw = sampler(s, n=count, temperature=heat)
+    out = draw(
+        params, s.task.encoder.prompts(examples), np.arange(len(examples)), jax.random.key(seed)
+    )
+    found = texts(s.task.tokenizer, *jax.device_get((out.tokens, out.length)))
+    if prompt is None:
+        return [f"question: {e['problem']}\n\n{text}" for e, text in zip(examples, found)]
+    return found
+
+
+def plan(config: Any) -> memory.Plan:
+    """Shapes of one RL update for --dry_run; no file, network or device is touched."""
+    check(config)
+    cfg, rl = geometry(config), config.rl
+    mesh = sharding.abstract_mesh(config.mesh)
+    abstract = qwen2_vl.abstract(cfg)
+    shardings = sharding.shard_tree(qwen2_vl.axes(cfg), abstract, mesh)
+    params = memory.sharded(abstract, shardings)
+    frozen = tuple(rl.freeze)
+    trainable = qwen2_vl.trainable(
+        abstract, [p for p in ("lm", "merger", "vision") if p not in frozen]
+    )
+    begin = partial(
+        init_state, optimizer=optim.optimizer(rl, steps=max(config.steps, 1)), trainable=trainable
+    )
+    state = jax.eval_shape(begin, abstract)
+    opt = memory.sharded(state.opt, state_shardings(state, shardings, mesh).opt)
+    prompt, completion = lengths(config)
+    rows = rl.batch * rl.samples
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    micro = -(-rows // rl.micro_batches)
+    shape = lambda *dims, dtype=jnp.int32: jax.ShapeDtypeStruct(dims, dtype)
+    pixels = config.data.max_pixels // cfg.vision.patch**2
+    patches = 64 if config.model.shape == "tiny" else pixels
+    columns = cfg.vision.channels * cfg.vision.temporal * cfg.vision.patch**2
+    batch = {
+        "prompts/tokens": shape(rl.batch, prompt),
+        "prompts/position": shape(rl.batch, 3, prompt),
+        "vision/patches": shape(rl.batch, patches, columns, dtype=jnp.float32),
+        "tokens": shape(rl.batch, rl.samples, completion),
+        "advantage": shape(rl.batch, rl.samples, dtype=jnp.float32),
+    }
+    everywhere = (
+        sharding.batch_sharding(mesh) if rl.batch % parts == 0 else sharding.replicated(mesh)
+    )
+    return memory.Plan(
+        params=params,
+        opt=opt,
+        trainable=trainable,
+        reference=params,
+        cache=memory.kv_cache(cfg.text, -(-rows // parts), completion),
+        activations=memory.decoder_activations(cfg.text, micro, prompt + completion, parts=parts),
+        logits=memory.logits_chunk(cfg.text.vocab, 1024, parts=mesh.shape["tensor"]),
+        batch=memory.sharded(batch, everywhere),
+        mesh=mesh,
+    )

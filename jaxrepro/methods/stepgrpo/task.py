@@ -1,0 +1,180 @@
+"""What a StepGRPO config means: model geometry, tokenizer, and where the examples of each stage come from.
+
+A task is either a generator (real handwritten digits, coloured grids, charts: nothing to download) or a
+folder of JSONL files in R1-VL's schema, with the tokenizer of a Hugging Face model.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrepro.config import UserError
+from jaxrepro.data import batches, stepwise
+from jaxrepro.data.batches import Encoder, Generated
+from jaxrepro.data.synthetic import generator
+from jaxrepro.data.text import UNKNOWN, VISION_END, VISION_START, Tokenizer, closed_vocabulary
+from jaxrepro.methods.stepgrpo import format as fmt
+from jaxrepro.models.qwen2_vl import Qwen2VLConfig, qwen2_vl_2b, qwen2_vl_7b
+from jaxrepro.models.transformer import TransformerConfig
+from jaxrepro.models.vision_tower import VisionConfig
+
+# Training stages draw disjoint indices of the training split; evaluation splits have their own scans.
+STAGES = {"base": 0, "sft": 1, "rl": 2}
+STRIDE = 10_000_000
+FILES = {"base": "sft.jsonl", "sft": "sft.jsonl", "rl": "rl.jsonl"}
+
+# Geometry of the models without a checkpoint: decoder, tower.
+SHAPES = {
+    "tiny": (
+        dict(d=128, layers=3, heads=4, kv=2, head_dim=32, ffn=384, mrope_sections=(4, 6, 6)),
+        dict(depth=2, embed=64, heads=4, mlp=256, out=128),
+    ),
+    "small": (
+        dict(d=512, layers=12, heads=8, kv=2, head_dim=64, ffn=1536, mrope_sections=(8, 12, 12)),
+        dict(depth=8, embed=384, heads=6, mlp=1536, out=512),
+    ),
+}
+# At theta 1e6 the sections leave the column stream frequencies too low to tell four columns apart.
+SMALL_THETA = 100.0
+
+
+def geometry(config: Any, tokenizer: Tokenizer | None = None) -> Qwen2VLConfig:
+    """The model of a config; `tokenizer` gives the vocabulary of the shapes that have no checkpoint."""
+    model = config.model
+    numerics = dict(dtype=model.dtype, remat=model.remat)
+    if model.shape in ("2b", "7b"):
+        return (qwen2_vl_2b if model.shape == "2b" else qwen2_vl_7b)(**numerics)
+    if model.shape not in SHAPES:
+        raise UserError(f"model.shape={model.shape!r} is not one of {', '.join(SHAPES)}, 2b, 7b")
+    text, vision = SHAPES[model.shape]
+    tokenizer = tokenizer or closed_vocabulary(generator(config.data.generator).pieces)
+    embed_std = text["d"] ** -0.5  # unit-norm rows: a tied head then starts at logits of unit scale
+    decoder = TransformerConfig(
+        vocab=tokenizer.vocab_size, rope_theta=SMALL_THETA, embed_std=embed_std, **text, **numerics
+    )
+    return Qwen2VLConfig(
+        text=decoder,
+        vision=VisionConfig(**vision, **numerics),
+        image_pad=tokenizer.image_pad,
+        video_pad=tokenizer.id(UNKNOWN),  # no video here: an id that no prompt holds
+        vision_start=tokenizer.id(VISION_START),
+        vision_end=tokenizer.id(VISION_END),
+        eos=tokenizer.eos,
+        pad=tokenizer.pad,
+    )
+
+
+def lengths(config: Any) -> tuple[int, int]:
+    """Tokens of the longest prompt and completion: the config's, else what the generator needs.
+
+    Samples get a few tokens more than any solution, so that a longer one can be seen to be wrong.
+    """
+    prompt, completion = config.data.max_prompt, config.data.max_completion
+    if config.data.path:
+        if prompt is None or completion is None:
+            raise UserError("data.path needs data.max_prompt and data.max_completion, in tokens")
+        return prompt, completion
+    chosen = generator(config.data.generator)
+    longest = batches.PROMPT_OVERHEAD + chosen.visual + chosen.max_problem
+    return prompt or longest, completion or chosen.max_solution + 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Tokenizer, model, and the examples of every stage and split."""
+
+    tokenizer: Tokenizer
+    cfg: Qwen2VLConfig
+    encoder: Encoder
+    caption_encoder: Encoder  # shorter rows: the base stage has no reasoning
+    examples: Callable[[str], Any]  # stage or split -> a sequence of examples
+
+    def batches(self, stage: str, size: int, *, seed: int, solutions: bool) -> Any:
+        """dataset[step] of a stage: `batches.Batch` with whole rows, or prompts alone."""
+        encoder = self.caption_encoder if stage == "base" else self.encoder
+        arrays = encoder.sft if solutions else encoder.prompts
+        return batches.dataset(self.examples(stage), arrays, batch=size, seed=seed)
+
+    def split(self, name: str, n: int) -> list[dict[str, Any]]:
+        """The first n examples of an evaluation split (all, where there are fewer)."""
+        source = self.examples(name)
+        return [source[i] for i in range(min(n, len(source)))]
+
+
+def build(config: Any) -> Task:
+    """The task of a config; reads files only where `model.path` and `data.path` name them."""
+    if config.data.path:
+        return _from_files(config)
+    if config.model.path:
+        raise UserError(
+            "model.path is set without data.path: generated questions have their own vocabulary"
+        )
+    chosen = generator(config.data.generator)
+    tokenizer = closed_vocabulary(chosen.pieces)
+
+    def examples(name: str) -> Generated:
+        if name not in STAGES:
+            return Generated(lambda i: chosen.example(name, i))
+        start, make = STAGES[name] * STRIDE, lambda i: chosen.example("train", i, config.seed)
+        if name == "base":
+            make = lambda i: chosen.base("train", i, config.seed, captions=config.base.captions)
+        if name == "sft" and config.data.corrupt:
+            clean = make
+            make = lambda i: stepwise.with_format_noise(clean(i), config.data.corrupt, config.seed)
+        return Generated(lambda i: make(start + i), STRIDE)
+
+    cfg = geometry(config, tokenizer)
+    encoder = _encoder(config, tokenizer, cfg, patches=4 * chosen.visual)
+    captions = dataclasses.replace(encoder, max_completion=config.base.max_completion)
+    return Task(tokenizer, cfg, encoder, captions, examples)
+
+
+def _from_files(config: Any) -> Task:
+    from jaxrepro.data.text import load_tokenizer
+    from jaxrepro.models import hf
+
+    if not config.model.path:
+        raise UserError(
+            "data.path is set without model.path: its texts need that model's tokenizer"
+        )
+    tokenizer = load_tokenizer(config.model.path)
+    cfg = hf.read_config(config.model.path, dtype=config.model.dtype, remat=config.model.remat)
+    encoder = _encoder(config, tokenizer, cfg, patches=None)
+    folder = Path(config.data.path)
+    loaded: dict[str, list[dict[str, Any]]] = {}
+
+    def examples(name: str) -> list[dict[str, Any]]:
+        file = FILES.get(name, f"{name}.jsonl")
+        if file not in loaded:
+            found = stepwise.read_jsonl(folder / file).examples
+            loaded[file], dropped = batches.drop_long(encoder, found)
+            if dropped:
+                print(f"{file}: dropped {dropped} of {len(found)} examples as too long", flush=True)
+            if not loaded[file]:
+                raise UserError(
+                    f"{folder / file} holds no example that fits data.max_prompt and data.max_completion"
+                )
+        return loaded[file]
+
+    return Task(tokenizer, cfg, encoder, encoder, examples)
+
+
+def _encoder(config: Any, tokenizer: Tokenizer, cfg: Qwen2VLConfig, patches: int | None) -> Encoder:
+    max_prompt, max_completion = lengths(config)
+    return Encoder(
+        tokenizer,
+        cfg,
+        max_prompt=max_prompt,
+        max_completion=max_completion,
+        patches=patches,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+        ask=fmt.instruction if config.data.instruction else None,
+    )
+
+
+def texts(tokenizer: Tokenizer, tokens: Any, lengths: Any) -> list[str]:
+    """The text of each completion, flat; special tokens, the eos among them, left out."""
+    rows: Sequence[Any] = tokens.reshape(-1, tokens.shape[-1])
+    return [tokenizer.decode(row[:n]) for row, n in zip(rows, lengths.reshape(-1))]
