@@ -116,6 +116,10 @@ class Run:
             if self._writer:
                 self._take_lock()
             self._open()
+            if jax.process_count() > 1:  # nobody reads before process 0 has wiped and written
+                from jax.experimental import multihost_utils
+
+                multihost_utils.sync_global_devices("jaxrepro.train.loop.Run")
         except BaseException:
             self._release()
             raise
@@ -183,7 +187,8 @@ class Run:
             raise UserError(
                 f"resume=must, but {self.workdir} has no checkpoint; use --resume=auto to start"
             )
-        if summary.exists() and not any(map(_again, changed)):
+        finished = self._resume != "never" and summary.exists() and not any(map(_again, changed))
+        if finished:
             self.finished, self.results = True, read_json(summary)
             if self._writer:
                 print(f"{self.workdir} is finished:")
