@@ -1,7 +1,5 @@
 """The RL core: closed forms of advantages, KL estimators, surrogates, masks, returns, DAPO's rules."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,9 @@ from jaxrepro.rl.kl import kl
 
 PAPER = [[1.1, 0.1, 0.0, 1.0], [2.1, 1.05, 0.0, 2.0]]
 A = jnp.asarray
+whiten = jax.jit(ppo.whiten)
+reinforce = jax.jit(ppo.reinforce_pp_advantage, static_argnames="beta")
+returns = jax.jit(ppo.return_to_go, static_argnames="gamma")
 advantage = jax.jit(group_advantage, static_argnames=("mode", "weights", "eps"))
 rewards = st.lists(
     st.lists(st.sampled_from([0.0, 0.05, 0.1, 1.0, 1.1, 2.1]), min_size=4, max_size=4),
@@ -34,15 +35,15 @@ def test_grpo_advantage_equals_hand_computed_numbers():
     assert not got.zero_std.any() and got.frac_zero_std == 0
 
 
-@pytest.mark.parametrize("mode", advantages.MODES)
-@pytest.mark.parametrize("m", [2, 3, 5, 6, 8])
-@pytest.mark.parametrize("r", [0.1, 1.05, 2.1])
-def test_constant_group_is_exactly_zero(mode, m, r):
-    reward = np.full((2, m), r, np.float32)
-    reward[1, 0] = 0.7
-    got = group_advantage(A(reward), mode=mode)
-    assert (got.value[0] == 0).all() and (got.value[1] != 0).any()
-    assert got.zero_std.tolist() == [True, False] and got.frac_zero_std == 0.5
+@pytest.mark.parametrize(
+    "mode, m", [(mode, 5) for mode in advantages.MODES] + [("grpo", m) for m in (2, 3, 6)]
+)
+def test_constant_group_is_exactly_zero(mode, m):
+    reward = np.repeat(np.float32([[0.1], [1.05], [2.1], [0.7]]), m, 1)
+    reward[3, 0] = 0.2
+    got = advantage(A(reward), mode=mode)
+    assert (got.value[:3] == 0).all() and (got.value[3] != 0).any()
+    assert got.zero_std.tolist() == [True, True, True, False] and got.frac_zero_std == 0.75
 
 
 @settings(max_examples=25, deadline=None)
@@ -89,11 +90,14 @@ def test_gdpo_normalises_each_part_before_the_weighted_sum():
 def test_unscorable_samples_are_left_out_of_the_baseline(mode, hole):
     r = A([[1.0, 0.0, hole, 0.3], [0.2, 0.9, 0.4, 0.0]])
     keep = jnp.ones((2, 4), bool).at[0, 2].set(False)
-    got = advantage(r, keep if hole == 99.0 else None, mode=mode).value
+    keep = keep if hole == 99.0 else jnp.ones_like(keep)
+    got = advantage(r, keep, mode=mode).value
     assert got[0, 2] == 0 and jnp.isfinite(got).all()
-    if mode in ("grpo", "dr_grpo", "rloo"):
-        want = advantage(A([[1.0, 0.0, 0.3]]), mode=mode).value[0]
-        np.testing.assert_allclose(got[0, A([0, 1, 3])], want, atol=1e-6)
+    kept = np.array([1.0, 0.0, 0.3])
+    want = kept - kept.mean()
+    want = {"grpo": want / (kept.std(ddof=1) + 1e-4), "dr_grpo": want, "rloo": 1.5 * want}.get(mode)
+    if want is not None:
+        np.testing.assert_allclose(np.asarray(got)[0, [0, 1, 3]], want, atol=1e-6)
 
 
 def test_group_with_one_scorable_sample_has_no_gradient():
@@ -241,14 +245,19 @@ def test_aggregates_equal_their_definitions():
         surrogates.aggregate(x, mask, mode="mean")
 
 
-@pytest.mark.parametrize("mode", ["grpo", "dapo", "dr_grpo", "sequence_sum"])
-def test_sums_and_weights_of_parts_add_to_the_whole(mode):
+def test_sums_and_weights_of_parts_add_to_the_whole():
     x = jax.random.normal(jax.random.key(0), (8, 5))
     mask = masks.from_length(A([5, 1, 3, 0, 2, 5, 4, 1]), 5)
-    whole = A(surrogates.aggregate(x, mask, mode=mode, max_length=5))
+
+    @jax.jit
+    def all_modes(mask):
+        modes = ("grpo", "dapo", "dr_grpo", "sequence_sum")
+        return A([surrogates.aggregate(x, mask, mode=m, max_length=5) for m in modes])
+
+    whole = all_modes(mask)
     for k in (2, 4, 8):
-        cut = zip(jnp.split(x, k), jnp.split(mask, k))
-        parts = sum(A(surrogates.aggregate(a, m, mode=mode, max_length=5)) for a, m in cut)
+        rows = np.arange(8) % k
+        parts = sum(all_modes(mask & A(rows == i)[:, None]) for i in range(k))
         np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-5)
 
 
@@ -294,41 +303,39 @@ def test_token_rewards_and_returns_equal_hand_computed_numbers():
     mask = masks.from_length(A([3]), 4)
     reward = ppo.token_reward(A([0.8]), lp, ref, mask, beta=0.01)
     np.testing.assert_allclose(reward, [[-0.001, 0.002, 0.797, 0.0]], atol=1e-7)
-    np.testing.assert_allclose(
-        ppo.return_to_go(reward, mask), [[0.798, 0.799, 0.797, 0.0]], atol=1e-6
-    )
-    plain = ppo.return_to_go(ppo.token_reward(A([0.8]), lp, ref, mask, beta=0.0), mask)
+    np.testing.assert_allclose(returns(reward, mask), [[0.798, 0.799, 0.797, 0.0]], atol=1e-6)
+    plain = returns(ppo.token_reward(A([0.8]), lp, ref, mask, beta=0.0), mask)
     np.testing.assert_allclose(plain, [[0.8, 0.8, 0.8, 0.0]], atol=1e-7)
 
 
 def test_discount_counts_action_tokens_only():
     mask = A([[True, False, True, True]])
-    got = ppo.return_to_go(A([[1.0, 99.0, 0.0, 4.0]]), mask, gamma=0.5)
+    got = returns(A([[1.0, 99.0, 0.0, 4.0]]), mask, gamma=0.5)
     assert got.tolist() == [[2.0, 0.0, 2.0, 4.0]]
 
 
 def test_whitening_has_mean_zero_and_variance_one_over_action_tokens():
     x = jax.random.normal(jax.random.key(0), (6, 7)) * 3 + 5
     mask = masks.from_length(A([7, 1, 0, 3, 5, 2]), 7)
-    got = np.asarray(ppo.whiten(x, mask))
+    got = np.asarray(whiten(x, mask))
     assert (got[~np.asarray(mask)] == 0).all()
     kept = got[np.asarray(mask)]
     np.testing.assert_allclose([kept.mean(), kept.var()], [0, 1], atol=1e-5)
     perm = A([3, 0, 5, 1, 4, 2])
-    np.testing.assert_allclose(ppo.whiten(x[perm], mask[perm]), got[np.asarray(perm)], atol=1e-5)
+    np.testing.assert_allclose(whiten(x[perm], mask[perm]), got[np.asarray(perm)], atol=1e-5)
 
 
-@pytest.mark.parametrize("n", [1, 3, 7, 1000])
+@pytest.mark.parametrize("n", [1, 7])
 def test_whitening_constant_returns_gives_exactly_zero(n):
-    assert not ppo.whiten(jnp.full((n,), 0.7), jnp.ones((n,), bool)).any()
-    assert not ppo.whiten(jnp.full((n,), 0.7), jnp.zeros((n,), bool)).any()
+    for keep in (True, False):
+        assert not whiten(jnp.full((n,), 0.7), jnp.full((n,), keep)).any()
 
 
 @pytest.mark.parametrize("lengths, shared", [((5, 5), 0.0), ((5, 8), 0.474342)])
 def test_opposite_outcomes_cancel_on_shared_tokens_only_at_equal_length(lengths, shared):
     mask = masks.from_length(A(lengths), 8)
     zero = jnp.zeros((2, 8))
-    got = ppo.reinforce_pp_advantage(A([1.0, -1.0]), zero, zero, mask, beta=0.0)
+    got = reinforce(A([1.0, -1.0]), zero, zero, mask, beta=0.0)
     np.testing.assert_allclose(abs(got[0, 0] + got[1, 0]), shared, atol=1e-5)
 
 
@@ -359,8 +366,7 @@ def test_overlong_penalty_is_linear_in_tokens():
         dapo.overlong_penalty(length, max_length=1024)
 
 
-def test_everything_survives_jit_and_vmap():
+def test_advantages_vmap_over_seeds():
     r = jax.random.uniform(jax.random.key(0), (3, 4, 5))
     both = jax.vmap(lambda x: group_advantage(x).value)(r)
-    for i, mode in itertools.product(range(3), ("grpo",)):
-        np.testing.assert_allclose(both[i], advantage(r[i], mode=mode).value, atol=1e-6)
+    np.testing.assert_allclose(both[1], advantage(r[1]).value, atol=1e-6)
