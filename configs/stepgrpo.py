@@ -118,7 +118,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
             "bfloat16",
             "full",
         )
-        config.mesh = (1, 8, 1, 2) if big else (1, 8, 1, 1)
+        config.mesh = (1, 4, 1, 4) if big else (1, 4, 1, 2)  # a batch is 4 questions: 4 on fsdp
         config.data.max_prompt, config.data.max_completion, config.data.corrupt = 1024, 1024, 0.0
         config.base.steps = 0
         config.steps = 2500  # 10K questions, one epoch, 4 a batch

@@ -20,7 +20,7 @@ from jaxrepro import sharding
 from jaxrepro.config import UserError
 from jaxrepro.methods.stepgrpo import evaluation, objective, report, rewards
 from jaxrepro.methods.stepgrpo.presets import ARMS
-from jaxrepro.methods.stepgrpo.task import Task, build, geometry, lengths, texts
+from jaxrepro.methods.stepgrpo.task import Task, build, geometry, lengths, patch_count, texts
 from jaxrepro.models import qwen2_vl
 from jaxrepro.models.scoring import completion_log_probs, nll
 from jaxrepro.rl import masks
@@ -412,8 +412,7 @@ def plan(config: Any) -> memory.Plan:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     micro = -(-rows // rl.micro_batches)
     shape = lambda *dims, dtype=jnp.int32: jax.ShapeDtypeStruct(dims, dtype)
-    pixels = config.data.max_pixels // cfg.vision.patch**2
-    patches = 64 if config.model.shape == "tiny" else pixels
+    patches = patch_count(config)
     columns = cfg.vision.channels * cfg.vision.temporal * cfg.vision.patch**2
     batch = {
         "prompts/tokens": shape(rl.batch, prompt),
@@ -422,9 +421,6 @@ def plan(config: Any) -> memory.Plan:
         "tokens": shape(rl.batch, rl.samples, completion),
         "advantage": shape(rl.batch, rl.samples, dtype=jnp.float32),
     }
-    everywhere = (
-        sharding.batch_sharding(mesh) if rl.batch % parts == 0 else sharding.replicated(mesh)
-    )
     return memory.Plan(
         params=params,
         opt=opt,
@@ -433,6 +429,6 @@ def plan(config: Any) -> memory.Plan:
         cache=memory.kv_cache(cfg.text, -(-rows // parts), completion),
         activations=memory.decoder_activations(cfg.text, micro, prompt + completion, parts=parts),
         logits=memory.logits_chunk(cfg.text.vocab, 1024, parts=mesh.shape["tensor"]),
-        batch=memory.sharded(batch, everywhere),
+        batch=memory.sharded(batch, sharding.batch_sharding(mesh, batch)),
         mesh=mesh,
     )

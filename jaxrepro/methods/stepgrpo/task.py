@@ -80,6 +80,13 @@ def lengths(config: Any) -> tuple[int, int]:
     return prompt or longest, completion or chosen.max_solution + 5
 
 
+def patch_count(config: Any) -> int:
+    """Patches of the largest image: the generator's, else what data.max_pixels allows."""
+    if config.data.path is None and config.model.shape in SHAPES:
+        return 4 * generator(config.data.generator).visual
+    return config.data.max_pixels // VisionConfig().patch ** 2
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """Tokenizer, model, and the examples of every stage and split."""
