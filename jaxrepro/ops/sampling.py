@@ -22,15 +22,15 @@ def nucleus_floor(p: Float[Array, "*b v"], top_p: float) -> Float[Array, "*b 1"]
     """The smallest t with sum of {p_i > t} < top_p; p >= t is the nucleus. Exact for float32 p <= 1."""
 
     def halve(_, bounds):
-        low, high = bounds  # the mass above low is >= top_p (or low = -1), above high it is < top_p
+        low, high = bounds  # the mass above low is >= top_p (or low = 0), above high it is < top_p
         middle = (low + high) // 2
         t = jax.lax.bitcast_convert_type(middle, jnp.float32)
         small = jnp.sum(jnp.where(p > t, p, 0.0), axis=-1, keepdims=True) < top_p
         return jnp.where(small, low, middle), jnp.where(small, middle, high)
 
     shape = (*p.shape[:-1], 1)
-    bounds = jnp.full(shape, -1, jnp.int32), jnp.full(shape, ONE, jnp.int32)
-    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, halve, bounds)[1], jnp.float32)
+    bounds = jnp.zeros(shape, jnp.int32), jnp.full(shape, ONE, jnp.int32)
+    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 30, halve, bounds)[1], jnp.float32)
 
 
 def truncate(
