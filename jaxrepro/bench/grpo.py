@@ -24,7 +24,7 @@ from jaxrepro.bench import harness
 SHAPES = {
     "tiny": {
         "text": {
-            "vocab": 96,
+            "vocab": 95,
             "d": 128,
             "layers": 3,
             "heads": 4,
