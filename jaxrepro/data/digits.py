@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from jaxrepro.config import UserError
-from jaxrepro.data.stepwise import caption_of, format_pieces, solution_text
+from jaxrepro.data.stepformat import solution_text
+from jaxrepro.data.stepwise import caption_of, format_pieces
 
 SPLITS = {"train": 1077, "validation": 360, "test": 360}
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")

@@ -20,7 +20,8 @@ import numpy as np
 
 from jaxrepro.config import UserError
 from jaxrepro.data import digits
-from jaxrepro.data.stepwise import caption_of, format_pieces, solution_text
+from jaxrepro.data.stepformat import solution_text
+from jaxrepro.data.stepwise import caption_of, format_pieces
 
 SPLITS = ("train", "validation", "test")
 COLOURS = {

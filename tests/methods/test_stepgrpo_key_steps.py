@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrepro.config import UserError
-from jaxrepro.methods.stepgrpo import format as fmt
+from jaxrepro.data import stepformat as fmt
 from jaxrepro.methods.stepgrpo import key_steps, rewards
 from jaxrepro.methods.stepgrpo.key_steps import check, clean, extract, parse_reply, surface_forms
 

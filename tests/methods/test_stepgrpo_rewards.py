@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrepro.config import UserError
-from jaxrepro.methods.stepgrpo import format as fmt
+from jaxrepro.data import stepformat as fmt
 from jaxrepro.methods.stepgrpo import presets, rewards
 from jaxrepro.methods.stepgrpo.rewards import Behaviour, key_step_share, occurs, total, validity
 

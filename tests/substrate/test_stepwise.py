@@ -12,15 +12,13 @@ from PIL import Image
 
 from jaxrepro.config import UserError
 from jaxrepro.data import stepwise
+from jaxrepro.data.stepformat import blocks, join, solution_text
 from jaxrepro.data.stepwise import (
-    blocks,
     caption_of,
     corrupt,
     drop_reflective,
     from_conversation,
-    join_blocks,
     read_jsonl,
-    solution_text,
     with_format_noise,
     write_jsonl,
 )
@@ -62,8 +60,8 @@ def test_solution_text_is_the_literal_format():
 
 def test_blocks_and_join_are_inverse():
     text = solution_text("a\nb", "c", ["d", "e"], "f")
-    assert join_blocks(blocks(text)) == text and valid(text)
-    assert blocks("lead " + text)[0] == ("", "lead") and blocks("") == []
+    assert join((b.header, b.text) for b in blocks(text)) == text and valid(text)
+    assert blocks("lead " + text)[0].start == 5 and blocks("") == []
 
 
 @given(st.integers(1, 6), st.integers(0, 10_000))

@@ -8,7 +8,7 @@ import pytest
 
 from jaxrepro.config import UserError
 from jaxrepro.data import synthetic
-from jaxrepro.data.stepwise import blocks
+from jaxrepro.data.stepformat import blocks
 from jaxrepro.data.synthetic import GENERATORS, generator
 from jaxrepro.data.text import IM_END, closed_vocabulary
 
@@ -35,7 +35,7 @@ def recompute(name, e):
 def test_every_answer_is_right_by_the_labels(name):
     for e in DRAWN[name]:
         answer = str(recompute(name, e))
-        assert e["answer"] == answer and blocks(e["solution"])[-1][1] == answer
+        assert e["answer"] == answer and blocks(e["solution"])[-1].text == answer
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,7 +57,7 @@ def test_token_lengths_are_the_declared_bounds(name):
         lengths.append(
             (len(tokenizer.encode(e["problem"])), len(tokenizer.encode(e["solution"] + IM_END)))
         )
-        assert sum(h.startswith("### Step") for h, _ in blocks(e["solution"])) <= g.max_steps
+        assert sum(b.number is not None for b in blocks(e["solution"])) <= g.max_steps
         for group in e["key_steps"]["Steps"]:
             for text in group:
                 tokenizer.encode(text)

@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxrepro import stats
 from jaxrepro.config import UserError
+from jaxrepro.data.stepformat import final_answer
 from jaxrepro.methods.stepgrpo import rewards
-from jaxrepro.methods.stepgrpo.format import final_answer
 from jaxrepro.methods.stepgrpo.task import Task, texts
 from jaxrepro.rollout.generate import Samples
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxrepro.config import UserError
-from jaxrepro.methods.stepgrpo import format as fmt
+from jaxrepro.data import stepformat as fmt
 from jaxrepro.methods.stepgrpo.rewards import alternatives, occurs
 
 MIN_CHARS = 2
@@ -63,7 +63,7 @@ PROMPTS = {
 def extract(
     solution: str, question: str = "", *, min_chars: int = MIN_CHARS, forms: bool = True
 ) -> dict[str, Any]:
-    """Key steps of a solution in the format of format.py, by rules: equations, `a is b`, lone numbers.
+    """Key steps of a solution in the format of data/stepformat.py, by rules: equations, `a is b`, lone numbers.
 
     The first string of each group occurs in the solution's steps. `forms` adds equivalent surface forms.
     Raises UserError where the text has no steps.

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from jaxrepro.config import UserError
-from jaxrepro.methods.stepgrpo import format as fmt
+from jaxrepro.data import stepformat as fmt
 from jaxrepro.methods.stepgrpo.presets import ARMS, PRESETS
 from jaxrepro.rewards import maths
 
@@ -77,7 +77,7 @@ PAPER = Behaviour.preset("paper")
 def reward(example: Mapping, text: str, *, behaviour: Behaviour = PAPER) -> dict[str, float | None]:
     """Every part of a completion's reward, 0 to 1, ungated and unweighted. Pure and deterministic.
 
-    `example` has "solution" (format.py, or the bare answer) and "key_steps" ({"Steps": [...]}, optional).
+    `example` has "solution" (data/stepformat.py, or the bare answer) and "key_steps" ({"Steps": [...]}, optional).
     accuracy is None (unscorable) where the solution holds no answer. answered: the completion has a
     non-empty answer; headers: all required headers occur, in any order.
     """

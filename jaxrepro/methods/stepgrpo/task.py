@@ -11,10 +11,10 @@ from typing import Any
 
 from jaxrepro.config import UserError
 from jaxrepro.data import batches, stepwise
+from jaxrepro.data import stepformat as fmt
 from jaxrepro.data.batches import Encoder, Generated
 from jaxrepro.data.synthetic import generator
 from jaxrepro.data.text import UNKNOWN, VISION_END, VISION_START, Tokenizer, closed_vocabulary
-from jaxrepro.methods.stepgrpo import format as fmt
 from jaxrepro.models.qwen2_vl import Qwen2VLConfig, qwen2_vl_2b, qwen2_vl_7b
 from jaxrepro.models.transformer import TransformerConfig
 from jaxrepro.models.vision_tower import VisionConfig

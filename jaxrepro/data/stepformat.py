@@ -1,6 +1,6 @@
-"""The output format of R1-VL (arXiv:2503.12937): the contract of data, rewards and evaluation.
+"""The output format of R1-VL (arXiv:2503.12937) and of the Mulberry data it is warmed up on (2412.18319).
 
-The headers are literal and appear in this file only:
+The contract of data, rewards and evaluation. The headers are literal and appear in this file only:
 
     ### Image Description: / ### Rationales: / ### Let's think step by step. / ### Step n: / ### The final answer is:
 
@@ -8,7 +8,7 @@ Blocks are separated by one blank line and each header is followed by a newline.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxrepro.config import UserError
@@ -81,9 +81,14 @@ def solution_text(description: str, rationale: str, steps: Sequence[str], answer
             raise UserError(
                 f"solution part holds the header {hit[0]!r}; remove it from {part[:60]!r}"
             )
-    out = [f"{DESCRIPTION}\n{description.strip()}", f"{RATIONALE}\n{rationale.strip()}", THINK]
-    out += [f"{STEP.format(i)}\n{s.strip()}" for i, s in enumerate(steps, 1)]
-    return "\n\n".join([*out, f"{ANSWER}\n{answer.strip()}"])
+    named = [(DESCRIPTION, description), (RATIONALE, rationale), (THINK, "")]
+    named += [(STEP.format(i), step) for i, step in enumerate(steps, start=1)]
+    return join((header, text.strip()) for header, text in [*named, (ANSWER, answer)])
+
+
+def join(parts: Iterable[tuple[str, str]]) -> str:
+    """Inverse of `blocks`: one blank line between blocks, a line break between header and text."""
+    return "\n\n".join("\n".join(filter(None, part)) for part in parts)
 
 
 def instruction(question: str, choices: Mapping[str, str] | None = None) -> str:
