@@ -62,14 +62,14 @@ def get_config(size: str = "tiny") -> ConfigDict:
     data.corrupt = 0.15  # share of warm-up targets with a broken format
 
     config.base = ConfigDict(
-        dict(steps=300, batch=32, lr=1e-3, warmup=20, b2=0.99, captions=0.75, max_completion=12)
+        dict(steps=600, batch=32, lr=1e-3, warmup=20, b2=0.99, captions=0.85, max_completion=12)
     )
     config.sft = ConfigDict(
         dict(
             steps=900,
             batch=32,
             micro_batches=1,
-            lr=1e-3,
+            lr=5e-4,
             warmup=20,
             schedule="constant",
             weight_decay=0.0,
@@ -152,3 +152,79 @@ def resolve(config: ConfigDict) -> ConfigDict:
         if config.behaviour[name] is None:
             config.behaviour[name] = value
     return config
+
+
+def get_claims(size: str = "tiny") -> dict:
+    """Arms and pre-registered claims of a size; all arms of a seed start from one warm-up."""
+    if size != "tiny":
+        return {"arms": {"stepgrpo": {}}, "claims": ()}
+    accuracy, validity = "after/test/accuracy", "after/test/sampled_validity"
+    arms = ("stepgrpo", "outcome", "outcome_format", "no_steprar", "no_steprvr", "sft")
+    difference = {"kind": "paired_difference", "arm": "stepgrpo"}
+    return {
+        "seeds": 5,
+        "common": {"steps": 60},
+        "prelude": {"steps": 0},
+        "arms": {arm: {"arm": arm} for arm in arms}
+        | {"main": {"steps": 120}, "main_sft": {"steps": 120, "arm": "sft"}},
+        "claims": (
+            difference
+            | {
+                "name": "gain",
+                "arm": "main",
+                "metric": accuracy,
+                "baseline": "main",
+                "baseline_metric": "before/test/accuracy",
+                "bound": 0.10,
+                "says": "120 StepGRPO updates raise held-out accuracy by more than 10 points",
+            },
+            difference
+            | {
+                "name": "denser signal",
+                "metric": "rl/zero_std_first",
+                "baseline": "outcome",
+                "direction": "<",
+                "says": "step-wise rewards leave fewer groups without a gradient in the first 10 updates",
+            },
+            {
+                "name": "valid samples",
+                "kind": "threshold",
+                "arm": "stepgrpo",
+                "metric": validity,
+                "bound": 0.95,
+                "says": "more than 95 % of temperature-1 samples end up valid",
+            },
+            difference
+            | {
+                "name": "more valid than outcome-only",
+                "metric": validity,
+                "baseline": "outcome",
+                "says": "samples are valid more often than after outcome-only GRPO",
+            },
+            {
+                "name": "accuracy equals outcome-only",
+                "kind": "equivalence",
+                "arm": "stepgrpo",
+                "metric": accuracy,
+                "baseline": "outcome",
+                "margin": 0.05,
+                "says": "no accuracy difference from outcome-only GRPO at this size, margin 5 points",
+            },
+            *(
+                difference | {"name": name, "metric": accuracy, "baseline": arm, "says": says}
+                for name, arm, says in (
+                    ("StepRAR helps", "no_steprar", "accuracy is higher with StepRAR than without"),
+                    ("StepRVR helps", "no_steprvr", "accuracy is higher with StepRVR than without"),
+                    ("better than continued SFT", "sft", "accuracy beats SFT for as many updates"),
+                )
+            ),
+            difference
+            | {
+                "name": "better than continued SFT, 120 updates",
+                "arm": "main",
+                "metric": accuracy,
+                "baseline": "main_sft",
+                "says": "the same for the main run's 120 updates",
+            },
+        ),
+    }

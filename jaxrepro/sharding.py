@@ -263,3 +263,9 @@ def constrain(x, *axes: str | None, mode: str = "train"):
     if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(x, spec_for(axes, x.shape, mesh, mode))
+
+
+def splits_tokens() -> bool:
+    """Whether the mesh in force (`jax.set_mesh`) splits the token axis of activations."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return "sequence" in mesh.axis_names and mesh.shape["sequence"] > 1

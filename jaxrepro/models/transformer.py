@@ -23,7 +23,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrepro.config import UserError
 from jaxrepro.ops.attention import attend, attend_packed, merge
+from jaxrepro.ops.dense import dense
 
+# A scan copies what the backward pass keeps into stacked arrays. Of a few layers, that costs more time
+# than the loop saves, and compiling them one by one is no slower.
+SHALLOW = 4
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -361,7 +365,8 @@ def apply(
     else:
         if shared is not None and isinstance(shared.k, tuple):
             shared = type(shared)(jnp.stack(shared.k), jnp.stack(shared.v))
-        x, kv = jax.lax.scan(lambda x, ws: layer(x, *ws, None), x, (layers, shared))
+        each = lambda x, ws: layer(x, *ws, None)
+        x, kv = jax.lax.scan(each, x, (layers, shared), unroll=cfg.layers <= SHALLOW)
     x = rms_norm(x, params["norm"], cfg.eps)
     if cache is None:
         return x, kv
@@ -371,7 +376,7 @@ def apply(
 def _layer(w, cfg, x, cos, sin, own, shared, shared_mask, old, start):
     """One decoder layer; returns its output and its keys and values (or the updated cache)."""
     y = rms_norm(x, w["attn_norm"], cfg.eps)
-    q, k, v = (jnp.einsum("btd,dhi->bthi", y, w[n].astype(y.dtype)) for n in ("wq", "wk", "wv"))
+    q, k, v = (dense(y, w[n]) for n in ("wq", "wk", "wv"))
     if cfg.qkv_bias:
         q, k, v = (a + w[n].astype(y.dtype) for a, n in ((q, "bq"), (k, "bk"), (v, "bv")))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -387,10 +392,10 @@ def _layer(w, cfg, x, cos, sin, own, shared, shared_mask, old, start):
         see = attend_packed if isinstance(shared, Packed) else attend
         o_p, lse_p = see(q.reshape(p, -1, h, i), *shared, shared_mask[:, None, None, :])
         o = merge(o_p.reshape(b, t, h, i), lse_p.reshape(b, t, h), o, lse)
-    x = x + jnp.einsum("bthi,hid->btd", o, w["wo"].astype(y.dtype))
+    x = x + dense(o, w["wo"], inputs=2)
     y = rms_norm(x, w["mlp_norm"], cfg.eps)
-    gate, up = (jnp.einsum("btd,df->btf", y, w[n].astype(y.dtype)) for n in ("gate", "up"))
-    x = x + jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, w["down"].astype(y.dtype))
+    gate, up = dense(y, w["gate"]), dense(y, w["up"])
+    x = x + dense(jax.nn.silu(gate) * up, w["down"])
     return x, kv
 
 

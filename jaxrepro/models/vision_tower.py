@@ -23,8 +23,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrepro.config import UserError
-from jaxrepro.models.transformer import REMAT, Param, fan_in, initialise, stacked
+from jaxrepro.models.transformer import REMAT, SHALLOW, Param, fan_in, initialise, stacked
 from jaxrepro.ops.attention import attend
+from jaxrepro.ops.dense import dense
 
 # The tower is a small part of the model: it splits over fsdp and is whole on every tensor rank, so that
 # its heads need not divide by what the decoder's heads divide by. "norm" is the name of an unsplit axis.
@@ -165,24 +166,24 @@ def apply(params: dict[str, Any], cfg: VisionConfig, vision: Vision) -> Float[Ar
     # Padding forms a segment of its own: no row of the softmax is empty, and no image sees it.
     mask = (vision.segment[:, :, None] == vision.segment[:, None, :])[:, None]  # (b, 1, p, p)
 
-    def dense(x, w, formula):
-        return jnp.einsum(formula, x, w["kernel"].astype(dtype)) + w["bias"].astype(dtype)
+    def affine(x, w, inputs=1):
+        return dense(x, w["kernel"], inputs=inputs) + w["bias"].astype(dtype)
 
     def block(x, w):
-        qkv = dense(layer_norm(x, w["norm1"], cfg.eps), w["qkv"], "bpd,dnhi->bpnhi")
+        qkv = affine(layer_norm(x, w["norm1"], cfg.eps), w["qkv"])
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         o, _ = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
-        x = x + dense(o.astype(dtype), w["proj"], "bphi,hid->bpd")
-        y = dense(layer_norm(x, w["norm2"], cfg.eps), w["fc1"], "bpd,df->bpf")
+        x = x + affine(o.astype(dtype), w["proj"], inputs=2)
+        y = affine(layer_norm(x, w["norm2"], cfg.eps), w["fc1"])
         y = y * jax.nn.sigmoid(1.702 * y)  # quick_gelu
-        return x + dense(y, w["fc2"], "bpf,fd->bpd"), None
+        return x + affine(y, w["fc2"]), None
 
     if cfg.remat != "none":
         block = jax.checkpoint(block, policy=REMAT[cfg.remat])
-    x = jnp.einsum("bpc,cd->bpd", vision.patches.astype(dtype), params["patch"].astype(dtype))
-    x, _ = jax.lax.scan(block, x, params["layers"])
+    x = dense(vision.patches.astype(dtype), params["patch"])
+    x, _ = jax.lax.scan(block, x, params["layers"], unroll=cfg.depth <= SHALLOW)
 
     merger = params["merger"]
     x = layer_norm(x, merger["norm"], cfg.eps).reshape(b, p // cfg.merge**2, -1)
-    x = jax.nn.gelu(dense(x, merger["fc1"], "bqd,df->bqf"), approximate=False)
-    return dense(x, merger["fc2"], "bqf,fd->bqd")
+    x = jax.nn.gelu(affine(x, merger["fc1"]), approximate=False)
+    return affine(x, merger["fc2"])

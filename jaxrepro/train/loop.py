@@ -44,7 +44,8 @@ from jaxrepro.train.step import NONFINITE
 FORMAT = 1
 TERMINATED = 143  # exit code after SIGTERM
 RESUME = ("auto", "never", "must")
-OURS = (FOLDER, "once", report.FILE, report.EVENTS, report.PICTURE, "summary.json", "samples.md")
+OURS = (FOLDER, "once", report.FILE, report.EVENTS, report.PICTURE, "summary.json")
+OURS += ("samples.md", "samples", "items.json")
 
 
 def may_differ(key: str) -> bool:

@@ -14,6 +14,8 @@ SHOWN = 8
 
 def line(results: Mapping[str, float], prefix: str) -> str:
     """Accuracy with its interval, and validity, for the terminal."""
+    if f"{prefix}accuracy" not in results:
+        return f"accuracy unknown: none of {results[f'{prefix}n']:.0f} solutions holds an answer"
     get = lambda name: 100 * results[f"{prefix}{name}"]
     return (
         f"accuracy {get('accuracy'):.1f} % [{get('accuracy_lo'):.1f}, {get('accuracy_hi'):.1f}] "
@@ -32,6 +34,8 @@ def gains(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, floa
 
 def gain(results: Mapping[str, float]) -> str:
     """The gain in points, for the terminal."""
+    if "test/gain" not in results:
+        return "unknown"
     points = [100 * results[f"test/gain{end}"] for end in ("", "_lo", "_hi")]
     return "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*points)
 
@@ -68,7 +72,7 @@ def write(
             out += [f"![question {i}](samples/{picture(run, i, example['image'])})", ""]
         out += [f"**{example['problem']}**", ""]
         for when, outcome in (("before", before), ("after", after)):
-            mark = "right" if outcome["correct"][i] else "wrong"
+            mark = {None: "unscorable", 0.0: "wrong"}.get(outcome["correct"][i], "right")
             out += [f"{when} ({mark}):", "", "```", outcome["texts"][i], "```", ""]
     run.path("samples.md").write_text("\n".join(out))
 

@@ -58,6 +58,12 @@ class Behaviour:
                 raise UserError(
                     f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
                 )
+        if self.temperature is not None and not self.temperature > 0:
+            raise UserError(
+                f"behaviour.temperature={self.temperature}; sampling needs a temperature above 0"
+            )
+        if self.top_k is not None and self.top_k < 0:
+            raise UserError(f"behaviour.top_k={self.top_k}; use 0 (off) or more")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "Behaviour":

@@ -24,7 +24,7 @@ from jaxrepro.methods.stepgrpo.task import Task, build, geometry, lengths, patch
 from jaxrepro.models import qwen2_vl
 from jaxrepro.models.scoring import completion_log_probs, nll
 from jaxrepro.rl import masks
-from jaxrepro.rl.advantages import group_advantage, scored
+from jaxrepro.rl.advantages import MODES, group_advantage, scored
 from jaxrepro.rollout.generate import FINISH_LENGTH, Prompts, Samples, Sampling, generate
 from jaxrepro.train import checkpoint, memory, optim
 from jaxrepro.train.loop import Run
@@ -33,6 +33,7 @@ from jaxrepro.train.step import compile_step, make_step
 
 CONTROL = "sft"  # the arm that goes on with supervised training
 advantages = jax.jit(group_advantage, static_argnames="mode")
+PARTS = ("lm", "merger", "vision")  # what can be frozen
 FIRST = 10  # updates over which the share of zero-gradient groups is claimed
 
 
@@ -57,6 +58,8 @@ def run(
     ) as run:
         if run.finished:
             return run.results
+        for name in sources(config):
+            s.task.examples(name)  # a broken file is found now, not after the warm-up
         params = warm_up(run, s)
         held = evaluation.hold(s.task, "test", config.eval.n, config.eval.batch)
         examine = examiner(s, held)
@@ -79,8 +82,32 @@ def run(
 
 def check(config: Any) -> None:
     """UserError for settings that can't work, before anything is built."""
-    if config.arm not in (*ARMS, CONTROL):
-        raise UserError(f"arm={config.arm!r} is not one of {', '.join((*ARMS, CONTROL))}")
+    for name, value, allowed in (
+        ("arm", config.arm, (*ARMS, CONTROL)),
+        ("rl.loss", config.rl.loss, objective.LOSSES),
+        ("rl.advantage", config.rl.advantage, MODES),
+    ):
+        if value not in allowed:
+            raise UserError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+    for stage in ("sft", "rl"):
+        settings = config[stage]
+        if unknown := sorted(set(settings.freeze) - set(PARTS)):
+            raise UserError(f"{stage}.freeze={unknown} is not among {', '.join(PARTS)}")
+        if len(set(settings.freeze)) == len(PARTS):
+            raise UserError(f"{stage}.freeze={settings.freeze} leaves nothing to train; drop one")
+        if settings.micro_batches < 1 or settings.batch % settings.micro_batches:
+            raise UserError(
+                f"{stage}.micro_batches={settings.micro_batches} does not divide "
+                f"{stage}.batch={settings.batch}; use a divisor"
+            )
+    for name in ("n", "batch"):
+        if config.eval[name] < 1:
+            raise UserError(f"eval.{name}={config.eval[name]}; use 1 or more")
+    if config.sft.stop_accuracy > 0 and config.sft.check_every and config.eval.validation_n < 1:
+        raise UserError(
+            f"sft.stop_accuracy={config.sft.stop_accuracy} needs questions to measure it: "
+            f"eval.validation_n is {config.eval.validation_n}; raise it, or set stop_accuracy to 0"
+        )
     if config.rl.samples < 2:
         raise UserError(f"rl.samples={config.rl.samples}; a group needs at least 2 to compare")
     if config.steps < 0 or config.rl.batch < 1:
@@ -93,10 +120,26 @@ def check(config: Any) -> None:
         )
 
 
+def sources(config: Any) -> list[str]:
+    """The stages and splits whose examples a run needs."""
+    warm = [] if config.init_from else [n for n in ("base", "sft") if config[n].steps]
+    if "sft" in warm and config.sft.stop_accuracy > 0 and config.sft.check_every:
+        warm.append("validation")
+    last = ["more" if config.arm == CONTROL else "rl"] if config.steps else []
+    return [*warm, *last, "test"]
+
+
 def prepare(config: Any) -> Setting:
     """Task, reward behaviour, mesh and where the parameters lie."""
     behaviour = rewards.Behaviour.preset(config.preset, **config.behaviour.to_dict())
     mesh = sharding.make_mesh(config.mesh)
+    parts = rows_at_once(mesh)
+    for stage in ("base", "sft", "rl"):
+        if config[stage].batch % parts:
+            raise UserError(
+                f"{stage}.batch={config[stage].batch} does not divide over data * fsdp = {parts} "
+                f"of the mesh; use a multiple of {parts}"
+            )
     task = build(config)
     abstract = qwen2_vl.abstract(task.cfg)
     return Setting(
@@ -118,6 +161,8 @@ def warm_up(run: Run, s: Setting) -> Any:
     if config.base.steps:
         params = supervise(run, s, "base", config.base, config.base.steps, fresh)
         fresh = lambda: params
+    if not config.sft.steps:  # the model that is given needs no warm-up
+        return fresh()
     return supervise(
         run, s, "sft", config.sft, config.sft.steps, fresh, stop_at=config.sft.stop_accuracy
     )
@@ -271,9 +316,7 @@ def start(
     optimizer = optim.optimizer(settings, steps=total)
     frozen = tuple(settings.get("freeze", ()))
     shapes = qwen2_vl.abstract(s.task.cfg)
-    trainable = qwen2_vl.trainable(
-        shapes, [p for p in ("lm", "merger", "vision") if p not in frozen]
-    )
+    trainable = qwen2_vl.trainable(shapes, [p for p in PARTS if p not in frozen])
     begin = partial(init_state, optimizer=optimizer, trainable=trainable)
     abstract = jax.eval_shape(begin, shapes)
     shardings = state_shardings(abstract, s.shardings, s.mesh)
@@ -286,6 +329,7 @@ def start(
         micro_batches=settings.get("micro_batches", 1),
         max_grad_norm=settings.get("max_grad_norm", 1.0),
         trainable=trainable,
+        shardings=s.shardings if s.mesh.size > 1 else None,
     )
     return state, compile_step(step, shardings)
 
@@ -293,6 +337,11 @@ def start(
 def place(s: Setting, arrays: Any) -> Any:
     """A host batch on the mesh: rows over (data, fsdp)."""
     return jax.device_put(arrays, sharding.batch_sharding(s.mesh, arrays))
+
+
+def rows_at_once(mesh: Any) -> int:
+    """The number of parts in which a batch lies on the mesh."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def temperature(s: Setting) -> float:
@@ -322,7 +371,16 @@ def sampler(s: Setting, *, n: int, temperature: float, max_new: int | None = Non
             params["text"], cfg.text, prompts, request_ids=ids, key=key, sampling=settings, n=n
         )
 
-    return lambda params, batch, ids, key: draw(params, place(s, batch), ids, key)
+    def call(params: Any, batch: Any, ids: Any, key: Any) -> Samples:
+        rows = len(ids)
+        short = -rows % rows_at_once(s.mesh)
+        if short:  # devices take whole rows: the last one again, and not returned
+            again = lambda x: np.concatenate([x, np.repeat(x[-1:], short, axis=0)])
+            batch, ids = jax.tree.map(again, batch), again(ids)
+        drawn = draw(params, place(s, batch), ids, key)
+        return jax.tree.map(lambda x: x[:rows], drawn) if short else drawn
+
+    return call
 
 
 def examiner(s: Setting, held: evaluation.Held) -> Any:
@@ -399,9 +457,7 @@ def plan(config: Any) -> memory.Plan:
     shardings = sharding.shard_tree(qwen2_vl.axes(cfg), abstract, mesh)
     params = memory.sharded(abstract, shardings)
     frozen = tuple(rl.freeze)
-    trainable = qwen2_vl.trainable(
-        abstract, [p for p in ("lm", "merger", "vision") if p not in frozen]
-    )
+    trainable = qwen2_vl.trainable(abstract, [p for p in PARTS if p not in frozen])
     begin = partial(
         init_state, optimizer=optim.optimizer(rl, steps=max(config.steps, 1)), trainable=trainable
     )

@@ -20,9 +20,9 @@ from jaxrepro.models.transformer import TransformerConfig
 from jaxrepro.models.vision_tower import VisionConfig
 
 # Training stages draw disjoint indices of the training split; evaluation splits have their own scans.
-STAGES = {"base": 0, "sft": 1, "rl": 2}
+STAGES = {"base": 0, "sft": 1, "rl": 2, "more": 3}  # more: SFT that goes on, the control
 STRIDE = 10_000_000
-FILES = {"base": "sft.jsonl", "sft": "sft.jsonl", "rl": "rl.jsonl"}
+FILES = {"base": "sft.jsonl", "sft": "sft.jsonl", "more": "sft.jsonl", "rl": "rl.jsonl"}
 
 # Geometry of the models without a checkpoint: decoder, tower.
 SHAPES = {
@@ -126,7 +126,7 @@ def build(config: Any) -> Task:
         start, make = STAGES[name] * STRIDE, lambda i: chosen.example("train", i, config.seed)
         if name == "base":
             make = lambda i: chosen.base("train", i, config.seed, captions=config.base.captions)
-        if name == "sft" and config.data.corrupt:
+        if name in ("sft", "more") and config.data.corrupt:
             clean = make
             make = lambda i: stepwise.with_format_noise(clean(i), config.data.corrupt, config.seed)
         return Generated(lambda i: make(start + i), STRIDE)
