@@ -99,6 +99,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
         )
     )
     config.checkpoint = ConfigDict(dict(every=50, keep=1))
+    config.log = ConfigDict(dict(every=1, tensorboard=True, curves=True))
+    config.log.wandb = config_dict.placeholder(str)  # project name; needs the extra "wandb"
     config.eval = ConfigDict(dict(every=0, n=512, validation_n=256, batch=128))
 
     if size == "gpu":

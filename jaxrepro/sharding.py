@@ -257,6 +257,15 @@ def place(tree, shardings):
     return jax.device_put(tree, shardings)
 
 
+def fetch(tree):
+    """Host copies of whole arrays; in a run of several processes every one of them must call."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree)
+
+
 def constrain(x, *axes: str | None, mode: str = "train"):
     """Pin an activation to the mesh by logical names; without a mesh (`jax.set_mesh`) returns x."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -7,7 +7,6 @@ greedy. Rules score the answers; benchmarks that need a language model as judge 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxrepro import stats
@@ -16,6 +15,7 @@ from jaxrepro.data.stepformat import final_answer
 from jaxrepro.methods.stepgrpo import rewards
 from jaxrepro.methods.stepgrpo.task import Task, texts
 from jaxrepro.rollout.generate import Samples
+from jaxrepro.sharding import fetch
 
 RATES = ("accuracy", "validity", "answered")
 
@@ -47,7 +47,7 @@ def answers(
     for i, batch in enumerate(held.batches):
         ids = np.arange(i * held.size, (i + 1) * held.size, dtype=np.int32)
         drawn = sample(params, batch, ids, key)
-        tokens, length = jax.device_get((drawn.tokens, drawn.length))
+        tokens, length = fetch((drawn.tokens, drawn.length))
         out += texts(task.tokenizer, tokens, length)
     return out[: len(held.examples)]
 

@@ -10,7 +10,7 @@ One run trains one arm; `jaxrepro.reproduce` compares arms from one warm-up (`in
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,31 +20,32 @@ from jaxrepro import sharding
 from jaxrepro.config import UserError
 from jaxrepro.methods.stepgrpo import evaluation, objective, report, rewards
 from jaxrepro.methods.stepgrpo.presets import ARMS
-from jaxrepro.methods.stepgrpo.task import Task, build, geometry, lengths, patch_count, texts
+from jaxrepro.methods.stepgrpo.programs import (
+    PARTS,
+    Setting,
+    examiner,
+    place,
+    policy_log_probs,
+    prepare,
+    rl_loss,
+    rollout_temperature,
+    sampler,
+    sft_loss,
+    start,
+    training,
+    validator,
+)
+from jaxrepro.methods.stepgrpo.task import geometry, lengths, patch_count, texts
 from jaxrepro.models import qwen2_vl
-from jaxrepro.models.scoring import completion_log_probs, nll
-from jaxrepro.rl import masks
 from jaxrepro.rl.advantages import MODES, group_advantage, scored
-from jaxrepro.rollout.generate import FINISH_LENGTH, Prompts, Samples, Sampling, generate
-from jaxrepro.train import checkpoint, memory, optim
+from jaxrepro.rollout.generate import FINISH_LENGTH
+from jaxrepro.train import checkpoint, memory
 from jaxrepro.train.loop import Run
-from jaxrepro.train.state import State, init_state, state_shardings
-from jaxrepro.train.step import compile_step, make_step
+from jaxrepro.train.state import init_state, state_shardings
 
 CONTROL = "sft"  # the arm that goes on with supervised training
 advantages = jax.jit(group_advantage, static_argnames="mode")
-PARTS = ("lm", "merger", "vision")  # what can be frozen
 FIRST = 10  # updates over which the share of zero-gradient groups is claimed
-
-
-class Setting(NamedTuple):
-    """What every stage shares."""
-
-    config: Any
-    task: Task
-    behaviour: rewards.Behaviour
-    mesh: Any
-    shardings: Any  # of the parameters
 
 
 def run(
@@ -54,7 +55,11 @@ def run(
     check(config)
     s = prepare(config)
     with Run(
-        config, workdir, resume=resume, profile=profile, show=("loss", "accuracy", "validity")
+        config,
+        workdir,
+        resume=resume,
+        profile=profile,
+        show=("loss", "validation_accuracy", "accuracy", "validity"),
     ) as run:
         if run.finished:
             return run.results
@@ -129,24 +134,6 @@ def sources(config: Any) -> list[str]:
     return [*warm, *last, "test"]
 
 
-def prepare(config: Any) -> Setting:
-    """Task, reward behaviour, mesh and where the parameters lie."""
-    behaviour = rewards.Behaviour.preset(config.preset, **config.behaviour.to_dict())
-    mesh = sharding.make_mesh(config.mesh)
-    parts = rows_at_once(mesh)
-    for stage in ("base", "sft", "rl"):
-        if config[stage].batch % parts:
-            raise UserError(
-                f"{stage}.batch={config[stage].batch} does not divide over data * fsdp = {parts} "
-                f"of the mesh; use a multiple of {parts}"
-            )
-    task = build(config)
-    abstract = qwen2_vl.abstract(task.cfg)
-    return Setting(
-        config, task, behaviour, mesh, sharding.shard_tree(qwen2_vl.axes(task.cfg), abstract, mesh)
-    )
-
-
 # --- supervised stages -------------------------------------------------------------------------
 
 
@@ -197,31 +184,18 @@ def supervise(
     state, step = start(run, s, stage, settings, total, params, sft_loss)
     data = s.task.batches(stage, settings.batch, seed=s.config.seed, solutions=True)
     every = settings.get("check_every", 0) if stop_at else 0
-    if every:
-        held = evaluation.hold(
-            s.task, "validation", s.config.eval.validation_n, s.config.eval.batch
-        )
-        sample = sampler(s, n=1, temperature=0.0)
+    validate = validator(s) if every else None
     for i in run.steps(state, total):
         batch = data[i]
         state, metrics = step(state, place(s, batch.arrays))
-        if every and (i + 1) % every == 0:
-            completions = evaluation.answers(sample, state.params, s.task, held, run.key(i))
-            parts = evaluation.score(held.examples, completions, s.behaviour)
-            metrics["accuracy"] = float(np.mean([p["accuracy"] or 0.0 for p in parts]))
-        ready = stop_at > 0 and metrics.get("accuracy", 0.0) >= stop_at
+        if validate and (i + 1) % every == 0:
+            metrics["validation_accuracy"] = validate(state.params)
+        ready = stop_at > 0 and metrics.get("validation_accuracy", 0.0) >= stop_at
         run.log(i, metrics, ids=batch.ids)
         run.save(i, state, final=ready)
         if ready:
             break
     return state.params
-
-
-def sft_loss(params: Any, batch: Any, *, s: Setting) -> Any:
-    """Summed negative log-likelihood of the assistant's tokens, their number."""
-    cfg, tokens = s.task.cfg, batch["tokens"]
-    x = qwen2_vl.embed(params, cfg, tokens.tokens, batch["vision"])
-    return *nll(params["text"], cfg.text, x, tokens), {}
 
 
 # --- reinforcement -----------------------------------------------------------------------------
@@ -232,15 +206,16 @@ def reinforce(run: Run, s: Setting, params: Any) -> Any:
     config, rl = s.config, s.config.rl
     reference = jax.tree.map(jnp.copy, params)  # the stage's state gives its buffers away
     state, step = start(run, s, "rl", rl, config.steps, lambda: params, rl_loss)
-    sample = sampler(s, n=rl.samples, temperature=temperature(s))
+    sample = sampler(s, n=rl.samples, temperature=rollout_temperature(s))
     log_probs = jax.jit(partial(policy_log_probs, s=s))
     pay = dict(alpha=rl.alpha, gate=s.behaviour.gate, arm=config.arm)
     data = s.task.batches("rl", rl.batch, seed=config.seed, solutions=False)
+    validate = validator(s) if config.eval.every else None
     for i in run.steps(state, config.steps):
         batch = data[i]
         ids = np.arange(i * rl.batch, (i + 1) * rl.batch, dtype=np.int32)
         drawn = sample(state.params, batch.arrays, ids, run.key(i))
-        tokens, length, finish = jax.device_get((drawn.tokens, drawn.length, drawn.finish))
+        tokens, length, finish = sharding.fetch((drawn.tokens, drawn.length, drawn.finish))
         examples = [e for e in batch.examples for _ in range(rl.samples)]
         parts = evaluation.score(examples, texts(s.task.tokenizer, tokens, length), s.behaviour)
         paid = [rewards.components(p, **pay) for p in parts]
@@ -254,6 +229,8 @@ def reinforce(run: Run, s: Setting, params: Any) -> Any:
         state, measured = step(state, rows)
         metrics |= rewards.summarise(parts, **pay) | measured
         metrics["truncated"] = float(np.mean(finish == FINISH_LENGTH))
+        if validate and (i + 1) % config.eval.every == 0:
+            metrics["validation_accuracy"] = validate(state.params)
         run.log(i, metrics, ids=batch.ids)
         run.save(i, state)
     return state.params
@@ -269,136 +246,6 @@ def compare(paid: list[Any], rl: Any) -> tuple[jax.Array, dict[str, Any]]:
         reward = both.reshape(*reward.shape, 2)
     found = advantages(reward, known, mode=rl.advantage)
     return found.value, {"zero_std": found.frac_zero_std}
-
-
-def policy_log_probs(params: Any, rows: Any, *, s: Setting, entropy: bool = False) -> Any:
-    """lp (b, n, t) of the sampled tokens at the temperature of the loss [, entropy]."""
-    cfg, prompts = s.task.cfg, rows["prompts"]
-    x = qwen2_vl.embed(params, cfg, prompts.tokens, rows["vision"])
-    return completion_log_probs(
-        params["text"],
-        cfg.text,
-        x,
-        prompts.position,
-        prompts.segment,
-        prompts.next_position,
-        rows["tokens"],
-        rows["length"],
-        temperature=temperature(s) if s.behaviour.loss_temperature == "match" else 1.0,
-        entropy=entropy,
-    )
-
-
-def rl_loss(params: Any, rows: Any, *, s: Setting) -> Any:
-    """objective.loss of a batch of rollouts."""
-    rl = s.config.rl
-    lp, entropy = policy_log_probs(params, rows, s=s, entropy=True)
-    return objective.loss(
-        lp,
-        rows["ref_lp"],
-        rows["advantage"],
-        masks.from_length(rows["length"], lp.shape[-1]),
-        beta=rl.beta,
-        max_length=lp.shape[-1],
-        lp_sampler=rows["lp_sampler"],
-        entropy=entropy,
-        **objective.LOSSES[rl.loss],
-    )
-
-
-# --- shared by the stages ----------------------------------------------------------------------
-
-
-def start(
-    run: Run, s: Setting, stage: str, settings: Any, total: int, params: Any, loss: Any
-) -> tuple[State, Any]:
-    """The stage's state, resumed or fresh, and its compiled step."""
-    optimizer = optim.optimizer(settings, steps=total)
-    frozen = tuple(settings.get("freeze", ()))
-    shapes = qwen2_vl.abstract(s.task.cfg)
-    trainable = qwen2_vl.trainable(shapes, [p for p in PARTS if p not in frozen])
-    begin = partial(init_state, optimizer=optimizer, trainable=trainable)
-    abstract = jax.eval_shape(begin, shapes)
-    shardings = state_shardings(abstract, s.shardings, s.mesh)
-    state = run.restore(
-        lambda: begin(params()), stage=stage, shardings=shardings, abstract=abstract, jit=False
-    )
-    step = make_step(
-        partial(loss, s=s),
-        optimizer,
-        micro_batches=settings.get("micro_batches", 1),
-        max_grad_norm=settings.get("max_grad_norm", 1.0),
-        trainable=trainable,
-        shardings=s.shardings if s.mesh.size > 1 else None,
-    )
-    return state, compile_step(step, shardings)
-
-
-def place(s: Setting, arrays: Any) -> Any:
-    """A host batch on the mesh: rows over (data, fsdp)."""
-    return jax.device_put(arrays, sharding.batch_sharding(s.mesh, arrays))
-
-
-def rows_at_once(mesh: Any) -> int:
-    """The number of parts in which a batch lies on the mesh."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def temperature(s: Setting) -> float:
-    """Of the rollouts: the preset's where its script ignores the config, else the config's."""
-    fixed = s.behaviour.temperature
-    return s.config.rl.temperature if fixed is None else fixed
-
-
-def sampler(s: Setting, *, n: int, temperature: float, max_new: int | None = None) -> Any:
-    """Compiled `(params, batch, request_ids, key) -> Samples`, n completions a prompt."""
-    cfg = s.task.cfg
-    top_k = s.behaviour.top_k if temperature else 0
-    settings = Sampling(
-        max_new=max_new or s.task.encoder.max_completion,
-        eos=(cfg.eos,),
-        pad=cfg.pad,
-        temperature=temperature,
-        top_k=top_k or 0,
-    )
-
-    @jax.jit
-    def draw(params: Any, batch: Any, ids: Any, key: Any) -> Samples:
-        rows = batch["prompts"]
-        x = qwen2_vl.embed(params, cfg, rows.tokens, batch["vision"])
-        prompts = Prompts(x, rows.position, rows.segment, rows.next_position)
-        return generate(
-            params["text"], cfg.text, prompts, request_ids=ids, key=key, sampling=settings, n=n
-        )
-
-    def call(params: Any, batch: Any, ids: Any, key: Any) -> Samples:
-        rows = len(ids)
-        short = -rows % rows_at_once(s.mesh)
-        if short:  # devices take whole rows: the last one again, and not returned
-            again = lambda x: np.concatenate([x, np.repeat(x[-1:], short, axis=0)])
-            batch, ids = jax.tree.map(again, batch), again(ids)
-        drawn = draw(params, place(s, batch), ids, key)
-        return jax.tree.map(lambda x: x[:rows], drawn) if short else drawn
-
-    return call
-
-
-def examiner(s: Setting, held: evaluation.Held) -> Any:
-    """`(params, prefix) -> {"rates", "texts", "correct"}`: greedy answers, and validity of T = 1 samples."""
-    greedy, drawn = sampler(s, n=1, temperature=0.0), sampler(s, n=1, temperature=1.0)
-
-    def examine(params: Any, prefix: str) -> dict[str, Any]:
-        key = jax.random.key(0)  # the same for every arm and moment: a paired comparison
-        texts = evaluation.answers(greedy, params, s.task, held, key)
-        parts = evaluation.score(held.examples, texts, s.behaviour)
-        samples = evaluation.answers(drawn, params, s.task, held, key)
-        rates = evaluation.rates(parts, prefix)
-        sampled = evaluation.rates(
-            evaluation.score(held.examples, samples, s.behaviour), prefix + "sampled_"
-        )
-        return {"rates": rates | sampled, "texts": texts, "correct": [p["accuracy"] for p in parts]}
-
-    return examine
 
 
 # --- after training, and before it ---------------------------------------------------------------
@@ -431,18 +278,19 @@ def sample(
 ) -> list[str]:
     """Answers of a trained run to a question about an image; without a prompt, to n test questions."""
     s, params = trained(config, workdir)
-    heat = 0.0 if temperature is None else temperature
+    if temperature is None:  # several answers to one question must be able to differ
+        temperature = rollout_temperature(s) if n > 1 and prompt is not None else 0.0
     if prompt is None:
         if image is not None:
             raise UserError("--image needs --prompt: the question about it")
         examples, count = s.task.split("test", n), 1
     else:
         examples, count = [{"id": "prompt", "image": image, "problem": prompt}], n
-    draw = sampler(s, n=count, temperature=heat)
+    draw = sampler(s, n=count, temperature=temperature)
     out = draw(
         params, s.task.encoder.prompts(examples), np.arange(len(examples)), jax.random.key(seed)
     )
-    found = texts(s.task.tokenizer, *jax.device_get((out.tokens, out.length)))
+    found = texts(s.task.tokenizer, *sharding.fetch((out.tokens, out.length)))
     if prompt is None:
         return [f"question: {e['problem']}\n\n{text}" for e, text in zip(examples, found)]
     return found
@@ -456,11 +304,8 @@ def plan(config: Any) -> memory.Plan:
     abstract = qwen2_vl.abstract(cfg)
     shardings = sharding.shard_tree(qwen2_vl.axes(cfg), abstract, mesh)
     params = memory.sharded(abstract, shardings)
-    frozen = tuple(rl.freeze)
-    trainable = qwen2_vl.trainable(abstract, [p for p in PARTS if p not in frozen])
-    begin = partial(
-        init_state, optimizer=optim.optimizer(rl, steps=max(config.steps, 1)), trainable=trainable
-    )
+    optimizer, trainable = training(cfg, rl, max(config.steps, 1))
+    begin = partial(init_state, optimizer=optimizer, trainable=trainable)
     state = jax.eval_shape(begin, abstract)
     opt = memory.sharded(state.opt, state_shardings(state, shardings, mesh).opt)
     prompt, completion = lengths(config)
