@@ -108,10 +108,10 @@ def check(config: Any) -> None:
     for name in ("n", "batch"):
         if config.eval[name] < 1:
             raise UserError(f"eval.{name}={config.eval[name]}; use 1 or more")
-    if config.sft.stop_accuracy > 0 and config.sft.check_every and config.eval.validation_n < 1:
+    if "validation" in sources(config) and config.eval.validation_n < 1:
         raise UserError(
-            f"sft.stop_accuracy={config.sft.stop_accuracy} needs questions to measure it: "
-            f"eval.validation_n is {config.eval.validation_n}; raise it, or set stop_accuracy to 0"
+            f"eval.validation_n={config.eval.validation_n}, but sft.stop_accuracy or eval.every wants "
+            "a validation accuracy; use 1 or more, or set both to 0"
         )
     if config.rl.samples < 2:
         raise UserError(f"rl.samples={config.rl.samples}; a group needs at least 2 to compare")
@@ -128,10 +128,10 @@ def check(config: Any) -> None:
 def sources(config: Any) -> list[str]:
     """The stages and splits whose examples a run needs."""
     warm = [] if config.init_from else [n for n in ("base", "sft") if config[n].steps]
-    if "sft" in warm and config.sft.stop_accuracy > 0 and config.sft.check_every:
-        warm.append("validation")
     last = ["more" if config.arm == CONTROL else "rl"] if config.steps else []
-    return [*warm, *last, "test"]
+    measured = "sft" in warm and config.sft.stop_accuracy > 0 and config.sft.check_every
+    measured = measured or ("rl" in last and config.eval.every)
+    return [*warm, *last, *["validation"] * bool(measured), "test"]
 
 
 # --- supervised stages -------------------------------------------------------------------------
@@ -163,9 +163,10 @@ def continue_sft(run: Run, s: Setting, params: Any) -> Any:
 def initial(s: Setting) -> Any:
     """Random parameters, or those of `model.path`."""
     if s.config.model.path:
+        from jaxrepro.data import locate
         from jaxrepro.models import hf
 
-        return hf.load(s.config.model.path, s.task.cfg, shardings=s.shardings)
+        return hf.load(locate.model(s.config.model.path), s.task.cfg, shardings=s.shardings)
     draw = jax.jit(partial(qwen2_vl.init, cfg=s.task.cfg), out_shardings=s.shardings)
     return draw(jax.random.key(s.config.seed))
 

@@ -6,11 +6,10 @@ folder of JSONL files in R1-VL's schema, with the tokenizer of a Hugging Face mo
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from jaxrepro.config import UserError
-from jaxrepro.data import batches, stepwise
+from jaxrepro.data import batches, locate, stepwise
 from jaxrepro.data import stepformat as fmt
 from jaxrepro.data.batches import Encoder, Generated
 from jaxrepro.data.synthetic import generator
@@ -145,10 +144,11 @@ def _from_files(config: Any) -> Task:
         raise UserError(
             "data.path is set without model.path: its texts need that model's tokenizer"
         )
-    tokenizer = load_tokenizer(config.model.path)
-    cfg = hf.read_config(config.model.path, dtype=config.model.dtype, remat=config.model.remat)
+    model = locate.model(config.model.path)
+    tokenizer = load_tokenizer(model)
+    cfg = hf.read_config(model, dtype=config.model.dtype, remat=config.model.remat)
     encoder = _encoder(config, tokenizer, cfg, patches=None)
-    folder = Path(config.data.path)
+    folder = locate.data(config.data.path)
     loaded: dict[str, list[dict[str, Any]]] = {}
 
     def examples(name: str) -> list[dict[str, Any]]:
