@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from jaxrepro import stats
+from jaxrepro.methods.stepgrpo import rewards
 from jaxrepro.train.files import write_json
 from jaxrepro.train.loop import Run
 
-SHOWN = 8
+SHOWN = 3  # questions of each kind
 
 
 def line(results: Mapping[str, float], prefix: str) -> str:
     """Accuracy with its interval, and validity, for the terminal."""
     if f"{prefix}accuracy" not in results:
         return f"accuracy unknown: none of {results[f'{prefix}n']:.0f} solutions holds an answer"
+    if f"{prefix}accuracy" not in results:
+        return "no test question has an answer to compare with"
     get = lambda name: 100 * results[f"{prefix}{name}"]
     return (
         f"accuracy {get('accuracy'):.1f} % [{get('accuracy_lo'):.1f}, {get('accuracy_hi'):.1f}] "
@@ -36,6 +39,8 @@ def gain(results: Mapping[str, float]) -> str:
     """The gain in points, for the terminal."""
     if "test/gain" not in results:
         return "unknown"
+    if "test/gain" not in results:
+        return "not measured"
     points = [100 * results[f"test/gain{end}"] for end in ("", "_lo", "_hi")]
     return "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*points)
 
@@ -66,15 +71,29 @@ def write(
     """samples.md with its pictures, and items.json: the outcome of every test question."""
     items = {"before/test": before["correct"], "after/test": after["correct"]}
     write_json(run.path("items.json"), items)
-    out = ["# Test questions, answered before and after reinforcement", ""]
-    for i, example in enumerate(examples[:SHOWN]):
-        if example.get("image") is not None:
-            out += [f"![question {i}](samples/{picture(run, i, example['image'])})", ""]
-        out += [f"**{example['problem']}**", ""]
-        for when, outcome in (("before", before), ("after", after)):
-            mark = {None: "unscorable", 0.0: "wrong"}.get(outcome["correct"][i], "right")
-            out += [f"{when} ({mark}):", "", "```", outcome["texts"][i], "```", ""]
+    pairs = list(enumerate(zip(before["correct"], after["correct"])))
+    changes = {
+        "became right": [i for i, (b, a) in pairs if a and not b],
+        "became wrong": [i for i, (b, a) in pairs if b and not a],
+        "stayed right": [i for i, (b, a) in pairs if a and b],
+        "stayed wrong": [i for i, (b, a) in pairs if not a and not b],
+    }
+    out = ["# Test questions, answered before and after", ""]
+    out += [f"{', '.join(f'{len(found)} {name}' for name, found in changes.items())}.", ""]
+    for name, found in changes.items():
+        out += [f"## {name.capitalize()}", ""] if found else []
+        for i in found[:SHOWN]:
+            out += _shown(run, i, examples[i], before["texts"][i], after["texts"][i])
     run.path("samples.md").write_text("\n".join(out))
+
+
+def _shown(run: Run, i: int, example: Mapping[str, Any], before: str, after: str) -> list[str]:
+    lines = [f"**{example['problem']}** (solution: {rewards.answer(example['solution'])})", ""]
+    if example.get("image") is not None:
+        lines = [f"![question {i}](samples/{picture(run, i, example['image'])})", "", *lines]
+    if before == after:
+        return [*lines, "before and after:", "", "```", after, "```", ""]
+    return [*lines, "before:", "", "```", before, "```", "", "after:", "", "```", after, "```", ""]
 
 
 def picture(run: Run, i: int, image: Any) -> str:
