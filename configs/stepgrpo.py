@@ -47,7 +47,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config.arm = "stepgrpo"  # stepgrpo, outcome, outcome_format, no_steprar, no_steprvr, sft
 
     config.model = model = ConfigDict()
-    model.path = config_dict.placeholder(str)  # Hugging Face folder or hub name
+    model.path = config_dict.placeholder(str)  # folder or hub name of a Qwen2-VL
     model.shape = "tiny"  # tiny, small, 2b, 7b
     model.dtype = "float32"
     model.remat = "none"
@@ -179,6 +179,15 @@ def get_claims(size: str = "tiny") -> dict:
                 "baseline_metric": "before/test/accuracy",
                 "bound": 0.10,
                 "says": "120 StepGRPO updates raise held-out accuracy by more than 10 points",
+            },
+            {
+                "name": "no seed loses",
+                "kind": "every_seed",
+                "arm": "main",
+                "metric": accuracy,
+                "baseline": "main",
+                "baseline_metric": "before/test/accuracy",
+                "says": "no seed ends below its own start",
             },
             difference
             | {

@@ -11,6 +11,7 @@ baseline. Three verdicts, nothing between them:
     threshold          | I of the arm likewise                                       | likewise
     target             | I inside [bound - margin, bound + margin]                   | I wholly outside
     equivalence        | I of arm - baseline inside [-margin, margin]                | I wholly outside
+    every_seed         | each seed's arm (- baseline) is `bound` or better           | some seed's is worse
 
 Anything else is "not resolved", and so is a claim that lacks a run, a metric or a finite number in any
 seed: a seed that failed is never dropped. Equivalence by the whole 95 % interval is two one-sided
@@ -34,7 +35,7 @@ import numpy as np
 from jaxrepro import stats
 from jaxrepro.config import UserError
 
-KINDS = ("paired_difference", "threshold", "target", "equivalence")
+KINDS = ("paired_difference", "threshold", "target", "equivalence", "every_seed")
 HOLDS, UNRESOLVED, CONTRADICTED = "holds", "not resolved", "contradicted"
 PRELUDE = "prelude"  # may be named as a claim's baseline: the shared warm-up
 
@@ -69,6 +70,8 @@ class Claim:
             return f"{left} within +-{self.margin:g}"
         if self.kind == "target":
             return f"{left} = {self.bound:g} +- {self.margin:g}"
+        if self.kind == "every_seed":
+            return f"every seed, {left} {self.direction}= {self.bound:g}"
         return f"{left} {self.direction} {self.bound:g}"
 
 
@@ -192,13 +195,14 @@ def _claim(raw: Any, arms: Mapping[str, Any], prelude: bool, where: str) -> Clai
     paired = claim.kind in ("paired_difference", "equivalence")
     if paired and claim.baseline is None:
         raise UserError(f"{where}: kind {claim.kind} needs a baseline, the arm to compare with")
-    if not paired and (claim.baseline or claim.baseline_metric) is not None:
+    alone = claim.kind in ("threshold", "target")
+    if alone and (claim.baseline or claim.baseline_metric) is not None:
         raise UserError(f"{where}: kind {claim.kind} takes no baseline; use paired_difference")
     if paired and claim.baseline == claim.arm and claim.baseline_metric in (None, claim.metric):
         raise UserError(f"{where}: {claim.arm!r} is compared with itself; give baseline_metric")
     if claim.kind in ("target", "equivalence") and not (claim.margin or 0) > 0:
         raise UserError(f"{where}: kind {claim.kind} needs margin > 0, got {claim.margin!r}")
-    if claim.kind in ("paired_difference", "threshold") and claim.margin is not None:
+    if claim.kind in ("paired_difference", "threshold", "every_seed") and claim.margin is not None:
         raise UserError(f"{where}: kind {claim.kind} takes bound, not margin")
     if claim.kind == "equivalence" and claim.bound:
         raise UserError(f"{where}: kind equivalence takes margin, not bound")
@@ -244,7 +248,14 @@ def judge(claim: Claim, runs: Mapping[str, Mapping[int, Outcome]], seeds: Sequen
     if len(seeds) == 1 and len(full) == 1:
         over, interval, note = _over_items(claim, runs, seeds[0], interval)
         notes += [note]
-    verdict = decide(claim, interval) if len(full) == len(seeds) else UNRESOLVED
+    verdict = UNRESOLVED
+    if len(full) == len(seeds):
+        verdict = decide(claim, interval)
+        if claim.kind == "every_seed":
+            sign = -1 if claim.direction == "<" else 1
+            worst = min(sign * (a - b) for a, b in full)
+            verdict = HOLDS if worst >= sign * claim.bound else CONTRADICTED
+            notes.append(f"worst seed {sign * worst:+.3f}")
     return Verdict(
         claim=claim,
         verdict=verdict,

@@ -193,7 +193,10 @@ def where(data: Mapping[str, Any]) -> str:
     made = data["device"]
     kind = made["kind"] if made.get("count", 1) == 1 else f"{made['count']} x {made['kind']}"
     versions_ = ", ".join(f"{k} {v}" for k, v in data["versions"].items())
-    return f"{kind}, {data['cores']} cores; commit {data['commit']}, {data['date']}; {versions_}"
+    commits = data.get("run_commits") or [data["commit"]]
+    return (
+        f"{kind}, {data['cores']} cores; commit {', '.join(commits)}, {data['date']}; {versions_}"
+    )
 
 
 def _claims_section(data: Mapping[str, Any], stale: str) -> str:

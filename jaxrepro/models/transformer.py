@@ -28,6 +28,7 @@ from jaxrepro.ops.dense import dense
 # A scan copies what the backward pass keeps into stacked arrays. Of a few layers, that costs more time
 # than the loop saves, and compiling them one by one is no slower.
 SHALLOW = 4
+DTYPES = ("float32", "bfloat16", "float16")
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -66,6 +67,8 @@ class TransformerConfig:
                 f"mrope_sections {tuple(self.mrope_sections)} sum to {sum(self.mrope_sections)}, "
                 f"head_dim / 2 is {self.head_dim // 2}: they must be equal"
             )
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype {self.dtype!r} is unknown: one of {', '.join(DTYPES)}")
         if self.remat not in REMAT:
             raise UserError(f"remat {self.remat!r} is unknown: one of {', '.join(REMAT)}")
 

@@ -408,17 +408,21 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def once(self, name: str, function: Callable[[], Any]) -> Any:
+    def once(self, name: str, function: Callable[[], Any], *, of: Any = None) -> Any:
         """`function()`, or what it returned when an earlier start of this run called it.
 
         For what cannot be measured again after a resume (accuracy before training). JSON values only.
+        `of`: what the value depends on and a resumed run may change; another one is measured anew.
         """
         path = self.workdir / "once" / f"{name}.json"
+        of = json.loads(json.dumps(of))
         if path.exists():
-            return read_json(path)
+            kept = read_json(path)
+            if kept["of"] == of:
+                return kept["value"]
         value = json.loads(json.dumps(function()))
         if self._writer:
-            write_json(path, value)
+            write_json(path, {"of": of, "value": value})
         return value
 
     def summary(self, values: dict[str, Any]) -> dict[str, float]:

@@ -211,3 +211,16 @@ def test_the_prelude_can_be_a_baseline_only_where_there_is_one():
     raw = {k: v for k, v in RAW.items() if k != "prelude"}
     with pytest.raises(UserError, match="is not one of ours, plain"):
         parse_claims(raw | better(baseline="prelude"))
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"),
+    [([0.5, 0.7], "holds"), ([0.6, 0.7], "holds"), ([0.9, 0.69], "contradicted")],
+)
+def test_every_seed_is_judged_by_its_worst_seed(ours, verdict):
+    found = judge(
+        claim(kind="every_seed", baseline="plain"), runs(ours=ours, plain=[0.5, 0.7]), range(2)
+    )
+    assert found.verdict == verdict
+    gone = judge(claim(kind="every_seed"), runs(ours=[0.5]), range(2))
+    assert gone.verdict == "not resolved"

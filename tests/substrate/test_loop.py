@@ -142,6 +142,7 @@ def test_resume_never_starts_again_and_must_wants_a_checkpoint(tmp_path):
     with Run(config(), tmp_path, resume="must") as run:
         assert int(run.restore(init, stage="rl").step) == 4
         assert run.once("before", lambda: {"accuracy": 0.9}) == {"accuracy": 0.5}
+        assert run.once("before", lambda: 0.7, of=["other questions"]) == 0.7
     with Run(config(), tmp_path, resume="never") as run:
         assert int(run.restore(init, stage="rl").step) == 0
         assert run.once("before", lambda: 1) == 1

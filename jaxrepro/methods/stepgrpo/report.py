@@ -17,8 +17,6 @@ def line(results: Mapping[str, float], prefix: str) -> str:
     """Accuracy with its interval, and validity, for the terminal."""
     if f"{prefix}accuracy" not in results:
         return f"accuracy unknown: none of {results[f'{prefix}n']:.0f} solutions holds an answer"
-    if f"{prefix}accuracy" not in results:
-        return "no test question has an answer to compare with"
     get = lambda name: 100 * results[f"{prefix}{name}"]
     return (
         f"accuracy {get('accuracy'):.1f} % [{get('accuracy_lo'):.1f}, {get('accuracy_hi'):.1f}] "
@@ -39,8 +37,6 @@ def gain(results: Mapping[str, float]) -> str:
     """The gain in points, for the terminal."""
     if "test/gain" not in results:
         return "unknown"
-    if "test/gain" not in results:
-        return "not measured"
     points = [100 * results[f"test/gain{end}"] for end in ("", "_lo", "_hi")]
     return "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*points)
 
@@ -52,7 +48,10 @@ def first_updates(workdir: Path, count: int) -> dict[str, float]:
     mean = lambda part, name: sum(row[name] for row in part) / len(part)
     if not rows:
         return {}
-    first, last = rows[:count], rows[-count:]
+    first = [row for row in rows if row["step"] <= count]
+    last = [row for row in rows if row["step"] > rows[-1]["step"] - count]
+    if len(first) < min(count, rows[-1]["step"]):  # log.every left some out
+        return {}
     return {
         "rl/zero_std_first": mean(first, "zero_std"),
         "rl/zero_std_last": mean(last, "zero_std"),
@@ -72,14 +71,18 @@ def write(
     items = {"before/test": before["correct"], "after/test": after["correct"]}
     write_json(run.path("items.json"), items)
     pairs = list(enumerate(zip(before["correct"], after["correct"])))
+    unscorable = [i for i, pair in pairs if None in pair]  # the solution holds no answer
+    pairs = [(i, pair) for i, pair in pairs if None not in pair]
     changes = {
         "became right": [i for i, (b, a) in pairs if a and not b],
         "became wrong": [i for i, (b, a) in pairs if b and not a],
         "stayed right": [i for i, (b, a) in pairs if a and b],
         "stayed wrong": [i for i, (b, a) in pairs if not a and not b],
+        "could not be scored": unscorable,
     }
     out = ["# Test questions, answered before and after", ""]
-    out += [f"{', '.join(f'{len(found)} {name}' for name, found in changes.items())}.", ""]
+    counts = [f"{len(found)} {name}" for name, found in changes.items() if found]
+    out += [f"{', '.join(counts)}.", ""]
     for name, found in changes.items():
         out += [f"## {name.capitalize()}", ""] if found else []
         for i in found[:SHOWN]:
@@ -88,7 +91,8 @@ def write(
 
 
 def _shown(run: Run, i: int, example: Mapping[str, Any], before: str, after: str) -> list[str]:
-    lines = [f"**{example['problem']}** (solution: {rewards.answer(example['solution'])})", ""]
+    gold = rewards.answer(example["solution"]) or example["solution"]
+    lines = [f"**{example['problem']}** (solution: {gold})", ""]
     if example.get("image") is not None:
         lines = [f"![question {i}](samples/{picture(run, i, example['image'])})", "", *lines]
     if before == after:

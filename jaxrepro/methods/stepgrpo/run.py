@@ -9,7 +9,9 @@
 One run trains one arm; `jaxrepro.reproduce` compares arms from one warm-up (`init_from`).
 """
 
+import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,7 +41,7 @@ from jaxrepro.methods.stepgrpo.task import geometry, lengths, patch_count, texts
 from jaxrepro.models import qwen2_vl
 from jaxrepro.rl.advantages import MODES, group_advantage, scored
 from jaxrepro.rollout.generate import FINISH_LENGTH
-from jaxrepro.train import checkpoint, memory
+from jaxrepro.train import checkpoint, memory, optim
 from jaxrepro.train.loop import Run
 from jaxrepro.train.state import init_state, state_shardings
 
@@ -68,7 +70,8 @@ def run(
         params = warm_up(run, s)
         held = evaluation.hold(s.task, "test", config.eval.n, config.eval.batch)
         examine = examiner(s, held)
-        before = run.once("before", lambda: examine(params, "before/test/"))
+        asked = [config.eval.n, config.data.path]
+        before = run.once("before", lambda: examine(params, "before/test/"), of=asked)
         print(f"after warm-up: {report.line(before['rates'], 'before/test/')}", flush=True)
         if not config.steps:
             return run.summary(before["rates"])
@@ -112,6 +115,23 @@ def check(config: Any) -> None:
         raise UserError(
             f"eval.validation_n={config.eval.validation_n}, but sft.stop_accuracy or eval.every wants "
             "a validation accuracy; use 1 or more, or set both to 0"
+        )
+    for stage in ("base", "sft", "rl"):
+        total = config.steps if stage == "rl" else config[stage].steps
+        optim.optimizer(config[stage], steps=max(total, 1))  # refuses an unknown schedule
+    for name, value, low, high in (
+        ("rl.alpha", config.rl.alpha, 0.0, math.inf),
+        ("rl.beta", config.rl.beta, 0.0, math.inf),
+        ("data.corrupt", config.data.corrupt, 0.0, 1.0),
+        ("base.captions", config.base.captions, 0.0, 1.0),
+        ("sft.stop_accuracy", config.sft.stop_accuracy, 0.0, 1.0),
+    ):
+        if not (low <= value <= high and math.isfinite(value)):
+            raise UserError(f"{name}={value} is outside [{low:g}, {high:g}]")
+    if config.rl.loss == "bnpo" and config.rl.micro_batches > 1:
+        raise UserError(
+            f"rl.loss=bnpo with rl.micro_batches={config.rl.micro_batches}: its mean is over a local "
+            "batch and depends on the split; use 1"
         )
     if config.rl.samples < 2:
         raise UserError(f"rl.samples={config.rl.samples}; a group needs at least 2 to compare")
@@ -196,6 +216,9 @@ def supervise(
         run.save(i, state, final=ready)
         if ready:
             break
+    else:
+        if stop_at > 0 and int(state.step) == total:
+            print(f"{stage}: {total} steps without a validation accuracy of {stop_at}", flush=True)
     return state.params
 
 
@@ -255,7 +278,10 @@ def compare(paid: list[Any], rl: Any) -> tuple[jax.Array, dict[str, Any]]:
 def trained(config: Any, workdir: Any) -> tuple[Setting, Any]:
     """The setting and the last parameters of a run."""
     s = prepare(config)
-    return s, checkpoint.load(workdir, qwen2_vl.abstract(s.task.cfg), shardings=s.shardings)
+    saved = checkpoint.stages_in(Path(workdir))
+    stage = next((name for name in ("rl", "more", "sft", "base") if name in saved), None)
+    target = qwen2_vl.abstract(s.task.cfg)
+    return s, checkpoint.load(workdir, target, stage=stage, shardings=s.shardings)
 
 
 def evaluate(

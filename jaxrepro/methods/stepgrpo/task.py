@@ -5,6 +5,7 @@ folder of JSONL files in R1-VL's schema, with the tokenizer of a Hugging Face mo
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxrepro.models.vision_tower import VisionConfig
 # Training stages draw disjoint indices of the training split; evaluation splits have their own scans.
 STAGES = {"base": 0, "sft": 1, "rl": 2, "more": 3}  # more: SFT that goes on, the control
 STRIDE = 10_000_000
+SHOWN = 20  # broken records that are printed one by one
 FILES = {"base": "sft.jsonl", "sft": "sft.jsonl", "more": "sft.jsonl", "rl": "rl.jsonl"}
 
 # Geometry of the models without a checkpoint: decoder, tower.
@@ -100,7 +102,8 @@ class Task:
         """dataset[step] of a stage: `batches.Batch` with whole rows, or prompts alone."""
         encoder = self.caption_encoder if stage == "base" else self.encoder
         arrays = encoder.sft if solutions else encoder.prompts
-        return batches.dataset(self.examples(stage), arrays, batch=size, seed=seed)
+        order = seed + STRIDE * STAGES[stage]  # of a finite source, another one in each stage
+        return batches.dataset(self.examples(stage), arrays, batch=size, seed=order)
 
     def split(self, name: str, n: int) -> list[dict[str, Any]]:
         """The first n examples of an evaluation split (all, where there are fewer)."""
@@ -154,7 +157,12 @@ def _from_files(config: Any) -> Task:
     def examples(name: str) -> list[dict[str, Any]]:
         file = FILES.get(name, f"{name}.jsonl")
         if file not in loaded:
-            found = stepwise.read_jsonl(folder / file).examples
+            # Training files may hold hundreds of thousands of images: each is read when its turn comes.
+            found, errors = stepwise.read_jsonl(folder / file, strict=False, images="exists")
+            for error in errors[:SHOWN]:
+                print(f"left out: {error}", file=sys.stderr, flush=True)
+            if len(errors) > SHOWN:
+                print(f"left out: {len(errors)} records in all", file=sys.stderr, flush=True)
             loaded[file], dropped = batches.drop_long(encoder, found)
             if dropped:
                 print(f"{file}: dropped {dropped} of {len(found)} examples as too long", flush=True)
