@@ -5,6 +5,8 @@ SIGINT and SIGTERM. Anything else is our fault and shows its traceback. jax is i
 `setup_jax`, so `--help` and every flag error stay quick.
 """
 
+from __future__ import annotations
+
 import errno
 import importlib
 import os
@@ -15,14 +17,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from jaxrepro import __version__
 from jaxrepro import config as configuration
 from jaxrepro.config import UserError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 _HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 _DISK = {errno.ENOSPC: "the disk is full", errno.EROFS: "the file system is read-only"}
@@ -83,10 +87,13 @@ def wants_help(argv: Sequence[str]) -> bool:
     return bool(_HELP & set(argv))
 
 
-def parse_flags(parser: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
-    """Parses a command's own flags; stray words and unknown flags are UserErrors.
+def parse_flags(
+    parser: flags.FlagValues, argv: Sequence[str], usage: str, *, words: tuple[str, ...] = ()
+) -> list[str]:
+    """Parses a command's own flags and returns the other words; `words` names those that it needs.
 
-    `--help` anywhere prints `usage` and the flags, and exits with 0.
+    Other stray words and unknown flags are UserErrors. `--help` anywhere prints `usage` and the flags,
+    and exits with 0.
     """
     if wants_help(argv):
         print(usage.strip(), "\n\nflags:", sep="")
@@ -95,6 +102,7 @@ def parse_flags(parser: flags.FlagValues, argv: Sequence[str], usage: str) -> No
             default = "" if flag.default in (None, False) else f" (default {flag.default})"
             print(f"  --{name}: {flag.help}{default}")
         sys.exit(0)
+    parser.set_gnu_getopt(True)  # words and flags in any order
     try:
         rest = parser(["", *argv])[1:]
     except flags.UnrecognizedFlagError as e:
@@ -107,8 +115,11 @@ def parse_flags(parser: flags.FlagValues, argv: Sequence[str], usage: str) -> No
         ) from None
     except (flags.Error, ValueError) as e:
         raise UserError(str(e)) from None
-    if rest:
-        raise UserError(f"not understood: {' '.join(rest)}; flags look like --name=value")
+    if stray := rest[len(words) :]:
+        raise UserError(f"not understood: {' '.join(stray)}; flags look like --name=value")
+    if len(rest) < len(words):
+        raise UserError(f"{words[len(rest)]} is missing; --help shows the usage")
+    return rest
 
 
 def method(config: ConfigDict) -> ModuleType:

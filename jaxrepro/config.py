@@ -10,8 +10,12 @@ A config file `configs/x.py` defines
 The command line, `reproduce`, notebooks and tests all go through `load`. Override texts are parsed
 by ml_collections' config_flags; this module adds the full path of a misspelt key, "did you mean",
 and tuples of words (`--config.names=a,b`), which config_flags would read as one word.
-Imports nothing heavy: every flag error appears within a fraction of a second.
+Imports nothing heavy: every flag error appears within a fraction of a second. absl and ml_collections
+are imported where they are used, so that models and benchmarks, which need `UserError` alone, run
+without them.
 """
+
+from __future__ import annotations
 
 import ast
 import difflib
@@ -27,10 +31,10 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from absl import flags
-from ml_collections import ConfigDict, FieldReference, config_flags
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parents[1]  # of a clone; holds configs/
 
@@ -130,6 +134,8 @@ def to_json(config: ConfigDict | Mapping) -> str:
 
 def from_json(text: str) -> ConfigDict:
     """The locked configuration that `to_json` wrote. Raises ValueError when it is not one."""
+    from ml_collections import ConfigDict
+
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError(f"a configuration is a JSON object, not {type(value).__name__}")
@@ -207,6 +213,8 @@ def _split(spec: str) -> tuple[Path, str | None]:
 
 
 def _build(module: ModuleType, path: Path, size: str | None) -> tuple[ConfigDict, str | None]:
+    from ml_collections import ConfigDict
+
     sizes = list(getattr(module, "SIZES", ()))
     if size is None:
         default = next(iter(inspect.signature(module.get_config).parameters.values()), None)
@@ -287,6 +295,9 @@ def _bare_value(
 
 
 def _override(config: ConfigDict, key: str, text: str) -> None:
+    from absl import flags
+    from ml_collections import config_flags
+
     kind = _type(config, key)
     if kind is tuple:
         text = repr(_tuple(config, key, text))
@@ -378,16 +389,24 @@ def _type(config: ConfigDict, key: str) -> type:
 
 def _leaves(config: ConfigDict | Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in config.items():
-        if isinstance(value, ConfigDict | Mapping):
+        if _is_section(value):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
+def _is_section(value: Any) -> bool:
+    from ml_collections import ConfigDict
+
+    return isinstance(value, ConfigDict | Mapping)
+
+
 def _plain(value: Any) -> Any:
+    from ml_collections import FieldReference
+
     if isinstance(value, FieldReference):
         value = value.get()
-    if isinstance(value, ConfigDict | Mapping):
+    if _is_section(value):
         return {name: _plain(member) for name, member in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(member) for member in value]

@@ -1,6 +1,7 @@
 """`python -m jaxrepro.bench NAME`."""
 
+from jaxrepro import cli
 from jaxrepro.bench.harness import main
 
 if __name__ == "__main__":
-    main()
+    cli.main(main)
