@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from jaxrepro import claims, cli, config, results, stats
+from jaxrepro import claims, cli, config, files, results, stats
 from jaxrepro.claims import PRELUDE, ClaimSet, Outcome, Verdict
 from jaxrepro.config import UserError
 
@@ -488,7 +488,7 @@ def main(argv: Sequence[str]) -> None:
         _run(spec, words, parser)
     if parser["render"].value:
         text = render()
-        results.write_text(config.ROOT / "RESULTS.md", text)
+        files.write_text(config.ROOT / "RESULTS.md", text)
         print(f"wrote {config.ROOT / 'RESULTS.md'}")
 
 

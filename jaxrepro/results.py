@@ -2,26 +2,24 @@
 
 A file is `<method>-<size>-<device>.json` (written by reproduce) or `bench-<name>-<shape>-<device>.json`
 (written by bench). It holds everything that RESULTS.md prints, so rendering needs no run and no
-device, and it gives the same text on every machine. Imports only the standard library.
+device, and it gives the same text on every machine.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 import re
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jaxrepro import files
+
 SCHEMA = 1
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 HEADER = """# Results
@@ -32,18 +30,6 @@ the top of `jaxrepro/claims.py`. Negative and unresolved results stay. *Stale* m
 the claims or the benchmark's shapes have changed since; the numbers are then those of the commit named
 beside them.
 """
-
-
-def commit(root: Path = ROOT) -> str:
-    """Short git commit of the clone, with "-dirty" where tracked files differ; "unknown" without git."""
-    try:
-        run = lambda *args: subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=30
-        ).stdout.strip()
-        dirty = run("status", "--porcelain", "--untracked-files=no", "--", "jaxrepro", "configs")
-        return run("rev-parse", "--short=12", "HEAD") + ("-dirty" if dirty else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
@@ -100,7 +86,7 @@ def provenance(found: Mapping[str, Any], packages: tuple[str, ...] = PACKAGES) -
     """What every results file records beside its numbers."""
     return {
         "schema": SCHEMA,
-        "commit": commit(),
+        "commit": files.commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": versions(packages),
         "device": dict(found),
@@ -108,25 +94,9 @@ def provenance(found: Mapping[str, Any], packages: tuple[str, ...] = PACKAGES) -
     }
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes the whole file or nothing: a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(name, 0o644)  # mkstemp's own mode hides the file from everyone else
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """`write_text` of strict JSON; nan and inf become null."""
-    write_text(path, json.dumps(_finite(data), indent=1, allow_nan=False) + "\n")
+    """Writes a results file, whole or not at all; nan and inf become null."""
+    files.write_json(path, _finite(data))
 
 
 def _finite(value: Any) -> Any:
@@ -141,7 +111,7 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     """Every results file of `folder`, in the order of names; files of another schema are refused."""
     found = []
     for path in sorted(folder.glob("*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = files.read_json(path)
         if data.get("schema") != SCHEMA:
             raise ValueError(
                 f"{path} has schema {data.get('schema')!r}, this version reads {SCHEMA}; run it again"

@@ -7,13 +7,11 @@ call of a case, which compiles, is timed apart. A case must block until its work
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib
 import json
 import os
 import pkgutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrepro import results
-
-
-class BenchError(ValueError):
-    """Bad input by the user, in one line."""
+from jaxrepro.config import ROOT, UserError
 
 
 class Timing(NamedTuple):
@@ -58,7 +53,7 @@ def interleave(
 ) -> dict[str, Timing]:
     """Times each case `rounds` times, interleaved; `warmup` more untimed calls after the first."""
     if rounds < 1:
-        raise BenchError(f"--rounds={rounds} is not possible; 1 is the least")
+        raise UserError(f"--rounds={rounds} is not possible; 1 is the least")
     first: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for name, run in cases.items():
@@ -119,9 +114,9 @@ def names() -> list[str]:
 
 
 def load(name: str) -> ModuleType:
-    """The module of a benchmark. Raises BenchError."""
+    """The module of a benchmark. Raises UserError."""
     if name not in names():
-        raise BenchError(f"benchmark {name!r} does not exist; there are {', '.join(names())}")
+        raise UserError(f"benchmark {name!r} does not exist; there are {', '.join(names())}")
     return importlib.import_module(f"jaxrepro.bench.{name}")
 
 
@@ -135,7 +130,7 @@ def stale(data: Mapping[str, Any]) -> str:
     """Why a bench-*.json no longer belongs to the code; "" where it does."""
     try:
         module = load(data["name"])
-    except BenchError:
+    except UserError:
         return "the benchmark is gone"
     if data["shape"] not in module.SHAPES:
         return f"the benchmark has no shape {data['shape']} any more"
@@ -149,9 +144,9 @@ def run(name: str, shape: str | None = None, rounds: int = 5) -> dict[str, Any]:
     module = load(name)
     shape = shape or next(iter(module.SHAPES))
     if shape not in module.SHAPES:
-        raise BenchError(f"--shape={shape} is unknown; {name} has {', '.join(module.SHAPES)}")
+        raise UserError(f"--shape={shape} is unknown; {name} has {', '.join(module.SHAPES)}")
     if rounds < 1:
-        raise BenchError(f"--rounds={rounds} is not possible; 1 is the least")
+        raise UserError(f"--rounds={rounds} is not possible; 1 is the least")
     start, busy = time.monotonic(), list(os.getloadavg())
     report = module.bench(module.SHAPES[shape], rounds)
     device = results.device()
@@ -186,31 +181,28 @@ def show(data: Mapping[str, Any]) -> str:
     return "\n".join(lines + [f"- {note}" for note in data["notes"]])
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise BenchError(message)
+USAGE = """usage: python -m jaxrepro.bench NAME [flags]
+Runs a benchmark beside its peers, prints tables, writes results/bench-NAME-SHAPE-DEVICE.json.
+NAME is one of {names}."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command. Bad input is one line and exit code 2."""
-    try:
-        _main(sys.argv[1:] if argv is None else argv)
-    except BenchError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+def main(argv: Sequence[str]) -> None:
+    """The command; raises UserError for bad input."""
+    from absl import flags
 
+    from jaxrepro import cli
 
-def _main(argv: Sequence[str]) -> None:
-    parser = _Parser(prog="python -m jaxrepro.bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("name", help=f"one of {', '.join(names())}")
-    parser.add_argument("--shape", help="sizes to run; the benchmark's first by default")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
-    parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
-    parser.add_argument(
-        "--results", default=str(results.ROOT / "results"), help="folder to write to"
-    )
-    args = parser.parse_args(argv)
-    data = run(args.name, args.shape, args.rounds)
-    path = Path(args.results) / f"bench-{data['name']}-{data['shape']}-{data['slug']}.json"
+    parser = flags.FlagValues()
+    text = {"flag_values": parser}
+    flags.DEFINE_string("shape", None, "sizes to run; default: the benchmark's first", **text)
+    flags.DEFINE_integer("rounds", 5, "interleaved rounds", **text)
+    flags.DEFINE_bool("json", False, "print the JSON instead of the tables", **text)
+    flags.DEFINE_string("results", str(ROOT / "results"), "folder to write to", **text)
+    usage = USAGE.format(names=", ".join(names()))
+    (name,) = cli.parse_flags(parser, argv, usage, words=("NAME",))
+    data = run(name, parser["shape"].value, parser["rounds"].value)
+    path = Path(parser["results"].value)
+    path = path / f"bench-{data['name']}-{data['shape']}-{data['slug']}.json"
     results.write_json(path, data)
-    print(json.dumps(data, indent=1) if args.json else f"{show(data)}\n\nwrote {path}")
+    shown = json.dumps(data, indent=1) if parser["json"].value else f"{show(data)}\n\nwrote {path}"
+    print(shown)

@@ -11,7 +11,6 @@ The special tokens are those of Qwen2-VL.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxrepro.config import UserError
+from jaxrepro.files import write_json, write_text
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
@@ -99,8 +99,7 @@ class Tokenizer:
     def save(self, folder: str | os.PathLike) -> None:
         """Write tokenizer.json and a tokenizer_config.json that `transformers` loads."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
+        write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         known = self.backend.get_vocab(with_added_tokens=True)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -109,7 +108,7 @@ class Tokenizer:
             "additional_special_tokens": [t for t in SPECIAL if t in known],
             "clean_up_tokenization_spaces": False,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+        write_json(folder / "tokenizer_config.json", config)
 
 
 def closed_vocabulary(pieces: Iterable[str]) -> Tokenizer:

@@ -27,6 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxrepro.config import UserError
+from jaxrepro.files import read_json, write_json
 from jaxrepro.models import qwen2_vl
 from jaxrepro.models.qwen2_vl import Qwen2VLConfig
 
@@ -160,7 +161,7 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def read_config(folder: str | os.PathLike[str], **overrides: Any) -> Qwen2VLConfig:
     """Configuration in a folder's config.json; `overrides` as in `Qwen2VLConfig.from_hf`."""
     path = Path(folder) / "config.json"
-    return Qwen2VLConfig.from_hf(_json(path), **overrides)
+    return Qwen2VLConfig.from_hf(read_json(path), **overrides)
 
 
 def load(
@@ -248,7 +249,7 @@ def _canonical(name: str) -> str:
 def _open(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of a folder by their hub names, mapped, not read."""
     if (folder / INDEX).is_file():
-        index = _json(folder / INDEX).get("weight_map", {})
+        index = read_json(folder / INDEX).get("weight_map", {})
         files = sorted(set(index.values()))
     elif (folder / SINGLE).is_file():
         index, files = None, [SINGLE]
@@ -301,15 +302,6 @@ def _map(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             continue
         raw = np.memmap(path, np.uint8, "r", offset, (math.prod(shape) * dtype.itemsize,))
         yield name, raw.view(np.ndarray).view(dtype).reshape(shape)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {path.name} in {path.parent}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
 
 
 # Writing ---------------------------------------------------------------------------------------------
@@ -372,10 +364,12 @@ def save(
             total += _write(temporary / file, shard, params)
             weight_map |= {name: file for name, *_ in shard}
         if len(shards) > 1:
-            _dump(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(
+                temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+            )
         first = shards[0][0][3].name
-        _dump(temporary / "config.json", qwen2_vl.to_hf(cfg, dtype=first))
-        _dump(
+        write_json(temporary / "config.json", qwen2_vl.to_hf(cfg, dtype=first))
+        write_json(
             temporary / "generation_config.json",
             {"eos_token_id": [cfg.eos, cfg.pad], "pad_token_id": cfg.pad, "bos_token_id": cfg.pad},
         )
@@ -418,7 +412,3 @@ def _write(path: Path, shard: list[tuple[str, Line, int | None, np.dtype]], para
         file.flush()
         os.fsync(file.fileno())
     return at
-
-
-def _dump(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from jaxrepro.config import UserError
+from jaxrepro.files import read_json, write_json, writing
 from jaxrepro.sharding import path_of
-from jaxrepro.train.files import read_json, write_json, writing
 from jaxrepro.train.state import State
 
 FORMAT = 1

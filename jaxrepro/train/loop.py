@@ -23,7 +23,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -34,9 +33,10 @@ import jax
 import numpy as np
 
 from jaxrepro.config import UserError
+from jaxrepro.files import commit, read_json, write_json, writing
+from jaxrepro.train import curves
 from jaxrepro.train import metrics as report
 from jaxrepro.train.checkpoint import BEST, FOLDER, Checkpoints, load, on_device, stages_in
-from jaxrepro.train.files import read_json, write_json, writing
 from jaxrepro.train.profile import Profile
 from jaxrepro.train.state import State, step_key
 from jaxrepro.train.step import NONFINITE
@@ -44,7 +44,7 @@ from jaxrepro.train.step import NONFINITE
 FORMAT = 1
 TERMINATED = 143  # exit code after SIGTERM
 RESUME = ("auto", "never", "must")
-OURS = (FOLDER, "once", report.FILE, report.EVENTS, report.PICTURE, "summary.json")
+OURS = (FOLDER, "once", report.FILE, report.EVENTS, curves.FILE, "summary.json")
 OURS += ("samples.md", "samples", "items.json")
 
 
@@ -68,33 +68,21 @@ def _flat(tree, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
-    try:
-        here = Path(__file__).parent
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
 class Run:
     """One training run in one workdir; see the module for its use.
 
     resume: auto (go on where there is a checkpoint), never (delete what the run left, start again),
-    must (refuse to start without a checkpoint). profile: "start:count". overrides: what the user set,
-    recorded only. show: names of the metrics on the progress line.
+    must (refuse to start without a checkpoint). profile: "start:count". show: names of the metrics on the
+    progress line.
     Attributes: workdir, finished (bool), results (summary of a finished run), stage.
     """
 
-    def __init__(
-        self, config, workdir, *, resume="auto", profile=None, overrides=None, show=("loss",)
-    ):
+    def __init__(self, config, workdir, *, resume="auto", profile=None, show=("loss",)):
         if resume not in RESUME:
             raise UserError(f"resume={resume!r} is unknown; use one of {', '.join(RESUME)}")
         self.config, self.workdir = config, Path(workdir).expanduser().absolute()
         self.finished, self.results, self.stage = False, {}, "train"
-        self._resume, self._overrides, self._show = resume, overrides, tuple(show)
+        self._resume, self._show = resume, tuple(show)
         checkpoint, log = config.get("checkpoint") or {}, config.get("log") or {}
         self._every = int(checkpoint.get("every", 0) or 0)
         self._keep = int(checkpoint.get("keep", 2))
@@ -140,7 +128,7 @@ class Run:
                 if self._metrics is not None:
                     self._metrics.close()
                     if self._curves and not self.finished:
-                        report.curves(self.workdir)
+                        curves.draw(self.workdir)
             except Exception:
                 if kind is None:
                     raise  # else the error that ended the run is the one to show
@@ -198,10 +186,11 @@ class Run:
             return
         if self._writer:
             summary.unlink(missing_ok=True)
-            record = {"format": FORMAT, "config": plain, "overrides": self._overrides}
-            record |= {"command": sys.argv, "commit": _commit(), "jax": jax.__version__}
+            record = {"format": FORMAT, "config": plain, "command": sys.argv, "commit": commit()}
+            record["jax"] = jax.__version__
             record["started"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-            write_json(path, json.loads(json.dumps(record, default=str)))
+            with writing(path):
+                write_json(path, record)
             self._metrics = report.Metrics(
                 self.workdir, tensorboard=self._tensorboard, wandb=self._wandb
             )
@@ -422,7 +411,8 @@ class Run:
                 return kept["value"]
         value = json.loads(json.dumps(function()))
         if self._writer:
-            write_json(path, {"of": of, "value": value})
+            with writing(path):
+                write_json(path, {"of": of, "value": value})
         return value
 
     def summary(self, values: dict[str, Any]) -> dict[str, float]:
@@ -435,6 +425,8 @@ class Run:
         if self._saves is not None:
             self._saves.wait()
         if self._writer:
-            write_json(self.workdir / "summary.json", numbers)
+            path = self.workdir / "summary.json"
+            with writing(path):
+                write_json(path, numbers)
         self.results = numbers
         return numbers

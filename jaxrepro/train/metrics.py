@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard events, curves.png, a progress line.
+"""What a run reports: metrics.jsonl, TensorBoard events, a progress line (curves.png: curves.py).
 
 A line of metrics.jsonl is {"stage": "rl", "step": 12, "loss": ...}; step = updates done, so step 0
 is before the first. Numbers are finite; what was not measured is left out.
@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 
 from jaxrepro.config import UserError
-from jaxrepro.train.files import writing
+from jaxrepro.files import write_text, writing
 
-FILE, EVENTS, PICTURE = "metrics.jsonl", "tensorboard", "curves.png"
-PANELS = 24
+FILE, EVENTS = "metrics.jsonl", "tensorboard"
 
 
 def read(path) -> list[dict]:
@@ -54,9 +53,7 @@ class Metrics:
         last = -1 if step is None else step
         kept = [x for x in read(self.path) if x.get("stage") != stage or x.get("step", 0) <= last]
         with writing(self.path):
-            part = self.path.with_name(FILE + ".part")
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            part.replace(self.path)
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Add one line; it is in the file, not in a buffer, when this returns."""
@@ -99,39 +96,6 @@ class Metrics:
         if self._wandb:
             self._wandb.finish()
             self._wandb = None
-
-
-def curves(workdir) -> Path | None:
-    """Draw curves.png, one panel a metric and stage; None where nothing was measured twice."""
-    series: dict[str, tuple[list, list]] = {}
-    for line in read(Path(workdir) / FILE):
-        stage, step = line.pop("stage"), line.pop("step")
-        for name, value in line.items():
-            if isinstance(value, int | float):
-                x, y = series.setdefault(f"{stage}: {name}", ([], []))
-                x.append(step)
-                y.append(value)
-    series = {k: v for k, v in series.items() if len(v[0]) > 1}
-    if not series:
-        return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    shown = list(series.items())[:PANELS]
-    columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.2 * rows), dpi=90, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, (x, y)) in zip(figure.subplots(rows, columns, squeeze=False).flat, shown):
-        axes.plot(x, y, lw=1)
-        axes.set_title(name, fontsize=8)
-        axes.tick_params(labelsize=7)
-    for axes in list(figure.axes)[len(shown) :]:
-        axes.set_visible(False)
-    path = Path(workdir) / PICTURE
-    with writing(path):
-        figure.savefig(path)
-    return path
 
 
 def _clock(seconds: float) -> str:

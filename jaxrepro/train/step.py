@@ -7,7 +7,6 @@ the same number for every split of the batch. A mean of means would weigh a shor
 long one. Sums are float32 and keep the parameters' sharding.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -182,8 +181,3 @@ def compile_step(step: Callable, state_shardings=None, batch_sharding=None) -> C
 
     call.lower = lower
     return call
-
-
-def parameter_count(params) -> int:
-    """Number of numbers in a tree of arrays or shapes."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))

@@ -245,7 +245,7 @@ def test_an_interrupted_export_leaves_nothing(params, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(hf, "_dump", fail)
+    monkeypatch.setattr(hf, "write_json", fail)
     with pytest.raises(OSError, match="disk full"):
         hf.save(tmp_path / "out", params, CFG)
     assert list(tmp_path.iterdir()) == []

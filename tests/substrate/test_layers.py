@@ -10,7 +10,7 @@ import jaxrepro
 PACKAGE = Path(jaxrepro.__file__).parent
 LAYERS = [
     {"config"},
-    {"sharding", "stats"},
+    {"sharding", "stats", "files"},
     {"ops"},
     {"models"},
     {"rollout", "rl", "rewards", "data", "envs"},

@@ -18,6 +18,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxrepro.config import UserError
+from jaxrepro.train import curves
 from jaxrepro.train import metrics as report
 from jaxrepro.train.checkpoint import load, steps_in
 from jaxrepro.train.loop import TERMINATED, Run, may_differ
@@ -139,6 +140,8 @@ def test_resume_never_starts_again_and_must_wants_a_checkpoint(tmp_path):
     with Run(config(), tmp_path) as run:
         train(run, until=5)
         assert run.once("before", lambda: {"accuracy": 0.5}) == {"accuracy": 0.5}
+        for name in ("items.json", "samples.md", "samples/0.png"):
+            run.path(name).write_text("")
     with Run(config(), tmp_path, resume="must") as run:
         assert int(run.restore(init, stage="rl").step) == 4
         assert run.once("before", lambda: {"accuracy": 0.9}) == {"accuracy": 0.5}
@@ -146,6 +149,7 @@ def test_resume_never_starts_again_and_must_wants_a_checkpoint(tmp_path):
     with Run(config(), tmp_path, resume="never") as run:
         assert int(run.restore(init, stage="rl").step) == 0
         assert run.once("before", lambda: 1) == 1
+    assert not {"items.json", "samples.md", "samples"} & {p.name for p in tmp_path.iterdir()}
     with pytest.raises(UserError, match="resume='maybe' is unknown"):
         Run(config(), tmp_path, resume="maybe")
 
@@ -264,6 +268,36 @@ def test_numbers_reach_tensorboard_and_a_picture(tmp_path, capsys):
     assert list((tmp_path / "tensorboard" / "rl").glob("events*"))
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert report.read(tmp_path / "metrics.jsonl")[-1].keys() >= {"loss", "grad_norm", "param_norm"}
+
+
+def test_curves_show_every_metric_that_changed_and_name_the_rest(tmp_path, monkeypatch):
+    lines = [
+        {"stage": "rl", "step": i, "lr": 0.1 * i, "weight": 8, "kl": i, "loss": -i}
+        for i in range(30)
+    ]
+    lines += [{"stage": "sft", "step": i, "loss": i, "accuracy": 0.1 * i} for i in range(2)]
+    found = curves.series(lines)
+    assert {k: list(v) for k, v in found.items()} == {
+        "rl": ["loss", "kl", "lr", "weight"],
+        "sft": ["loss", "accuracy"],
+    }
+    (tmp_path / report.FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = []
+    monkeypatch.setattr(curves, "_panel", lambda axis, name, *_: drawn.append(name))
+    assert curves.draw(tmp_path) == tmp_path / "curves.png"
+    assert drawn == ["loss", "kl", "lr", "loss", "accuracy"]
+
+
+def test_a_moving_average_keeps_straight_lines_and_the_first_value():
+    np.testing.assert_allclose(curves.smooth(np.arange(9.0), 4)[:7], np.arange(7.0))
+    np.testing.assert_allclose(curves.smooth(np.ones(5), 3), np.ones(5))
+    assert curves.smooth(np.array([4.0]), 3) == [4.0]
+
+
+def test_nothing_measured_twice_is_no_picture(tmp_path):
+    assert curves.draw(tmp_path) is None
+    (tmp_path / report.FILE).write_text('{"stage": "rl", "step": 0, "loss": 1.0}\n')
+    assert curves.draw(tmp_path) is None
 
 
 def test_progress_says_numbers_and_time_left(capsys):

@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 
-from jaxrepro import config, reproduce, results
+from jaxrepro import config, files, reproduce, results
 from jaxrepro.claims import PRELUDE
 from jaxrepro.config import UserError
 
@@ -49,7 +49,7 @@ def root(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(config, "ROOT", tmp_path)
     monkeypatch.setattr(reproduce, "device", lambda: CPU)
-    monkeypatch.setattr(results, "commit", lambda *_: "abc123")
+    monkeypatch.setattr(files, "commit", lambda *_: "abc123")
     return tmp_path
 
 

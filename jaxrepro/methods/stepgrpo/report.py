@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxrepro import stats
+from jaxrepro.files import write_json
 from jaxrepro.methods.stepgrpo import rewards
-from jaxrepro.train.files import write_json
 from jaxrepro.train.loop import Run
 
 SHOWN = 3  # questions of each kind
