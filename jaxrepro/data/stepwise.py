@@ -1,7 +1,12 @@
 """Step-wise reasoning data: JSONL records, format noise, captions, reflective-sample filter.
 
-Solutions follow the literal format of data/stepformat.py. Record, one JSON object a line: {"image_path", "problem", "solution", "key_steps": {"Steps": [g_1, ...]}},
-where g_j is a string or a list of alternative strings. An optional "id" names the record.
+Solutions follow the literal format of data/stepformat.py. Record, one JSON object a line:
+{"image_path", "problem", "solution", "key_steps": {"Steps": [g_1, ...]}}, where g_j is a string or a
+list of alternative strings. An optional "id" names the record.
+
+A text without key steps has the share 0 in StepRAR, also where "Steps" is missing. Data for
+reinforcement therefore must say `"Steps": []` where it means that; only data for supervised
+training (need_key_steps=False) may leave "key_steps" or "Steps" out.
 
 Departure: empty alternatives are refused here. As substrings they would match every text, so a
 record with one would pay its reward for nothing.
@@ -9,6 +14,7 @@ record with one would pay its reward for nothing.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -22,6 +28,7 @@ import numpy as np
 
 from jaxrepro.config import UserError
 from jaxrepro.data.stepformat import ANSWER, DESCRIPTION, RATIONALE, STEP, THINK, blocks, join
+from jaxrepro.files import whole
 
 REFLECTION = "I think I have made a mistake. Let me rethink it."
 
@@ -111,13 +118,13 @@ def read_jsonl(
         raise UserError(f"images={images!r} is not one of 'open', 'exists', 'skip'")
     path = Path(path)
     examples, errors, seen = [], [], {}
-    for number, line, failure in _lines(path):
+    for number, record, failure in _objects(path):
         where = f"{path}:{number}"
         if failure:
             errors.append(f"{where}: {failure}")
             continue
         try:
-            example = _record(line, path, number, need_key_steps, images)
+            example = _example(record, path, number, need_key_steps, images)
             if example["id"] in seen:
                 raise UserError(
                     f"id {example['id']!r} was used in line {seen[example['id']]}; rename one"
@@ -151,11 +158,18 @@ def _lines(path: Path) -> Iterable[tuple[int, bytes, str]]:
         yield number + 1, b"", f"the file can't be read on from here ({e})"
 
 
-def _record(
-    line: bytes, path: Path, number: int, need_key_steps: bool, images: str
-) -> dict[str, Any]:
+def _objects(path: Path) -> Iterable[tuple[int, dict[str, Any], str]]:
+    """(line number, JSON object, what is wrong with the line)."""
+    for number, line, failure in _lines(path):
+        try:
+            yield number, {} if failure else _parse(line, first=number == 1), failure
+        except UserError as e:
+            yield number, {}, str(e)
+
+
+def _parse(line: bytes, *, first: bool) -> dict[str, Any]:
     try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        text = line.decode("utf-8-sig" if first else "utf-8")
         record = json.loads(text)
         if "\\u" in text:
             json.dumps(record, ensure_ascii=False).encode()  # refuses lone surrogates
@@ -163,6 +177,22 @@ def _record(
         raise UserError(f"not one JSON object in UTF-8 ({e})") from e
     if not isinstance(record, dict):
         raise UserError(f"a record is a JSON object, not {type(record).__name__}")
+    return record
+
+
+def read_objects(path: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of a `.jsonl` or `.jsonl.gz` file; UserError names the first broken line."""
+    found = []
+    for number, record, failure in _objects(Path(path)):
+        if failure:
+            raise UserError(f"{path}:{number}: {failure}")
+        found.append((f"{path}:{number}", record))
+    return found
+
+
+def _example(
+    record: dict[str, Any], path: Path, number: int, need_key_steps: bool, images: str
+) -> dict[str, Any]:
     for name in ("problem", "solution"):
         value = record.get(name)
         if not isinstance(value, str) or not value.strip():
@@ -172,13 +202,13 @@ def _record(
         raise UserError(f"'id' must be a text or a whole number; it is {name!r:.40}")
     key_steps = record.get("key_steps")
     if key_steps is None and not need_key_steps:
-        key_steps = {"Steps": []}
+        key_steps = {}
     rest = {k: v for k, v in record.items() if k not in ("image_path", "image")}
     return {
         **rest,
         "id": str(name),
         "image": _image(record.get("image_path"), path, images),
-        "key_steps": check_key_steps(key_steps),
+        "key_steps": check_key_steps(key_steps, needed=need_key_steps),
     }
 
 
@@ -200,23 +230,44 @@ def _image(name: Any, path: Path, images: str) -> str | None:
     return str(file)
 
 
-def check_key_steps(key_steps: Any) -> dict[str, Any]:
-    """The key steps unchanged, or a UserError: no dict, no list `Steps`, an empty group or text."""
+def check_key_steps(key_steps: Any, *, needed: bool = True, empty: bool = False) -> dict[str, Any]:
+    """A copy of the key steps, or a UserError: no dict, no list "Steps", an empty group or text.
+
+    needed=False makes a missing "Steps" an empty list. `empty` lets empty groups and texts pass, for a
+    cleaner to drop.
+    """
     if not isinstance(key_steps, Mapping):
         raise UserError(f"'key_steps' must be an object {{'Steps': [..]}}; it is {key_steps!r:.40}")
-    steps = key_steps.get("Steps")
-    if not isinstance(steps, list):
+    steps = key_steps.get("Steps", None if needed else [])
+    if not isinstance(steps, list | tuple):
         raise UserError(f"'key_steps' needs a list 'Steps'; it has {steps!r:.40}")
     for j, group in enumerate(steps):
-        alternatives = [group] if isinstance(group, str) else group
-        if not isinstance(alternatives, (list, tuple)) or not alternatives:
+        texts = [group] if isinstance(group, str) else group
+        if not isinstance(texts, list | tuple) or not (texts or empty):
             raise UserError(f"key step {j} must be a text or a list of texts; it is {group!r:.40}")
-        for text in alternatives:
-            if not isinstance(text, str) or not text.strip():
+        for text in texts:
+            if not isinstance(text, str) or not (text.strip() or empty):
                 raise UserError(
-                    f"key step {j} holds {text!r:.40}; an empty text would match everything"
+                    f"key step {j} holds {text!r:.40}; it must be a text, and an empty one would "
+                    "match everything"
                 )
-    return dict(key_steps)
+    return {**key_steps, "Steps": steps}
+
+
+def write_objects(path: str | os.PathLike, objects: Iterable[Mapping[str, Any]]) -> int:
+    """Write one JSON object a line, to a `.jsonl` or `.jsonl.gz` file, and return how many.
+
+    The file appears whole or not at all.
+    """
+    count = 0
+    with whole(path) as raw, contextlib.ExitStack() as stack:
+        file = raw
+        if Path(path).suffix == ".gz":  # without name and time, so that equal data is an equal file
+            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
+        for record in objects:
+            count += 1
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    return count
 
 
 def write_jsonl(path: str | os.PathLike, examples: Iterable[Mapping[str, Any]]) -> int:
@@ -226,25 +277,19 @@ def write_jsonl(path: str | os.PathLike, examples: Iterable[Mapping[str, Any]]) 
     it. The file appears whole or not at all.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     folder = path.parent / (path.name.removesuffix(".gz").removesuffix(".jsonl") + "_images")
-    count = 0
-    with gzip.open(partial, "wb") if path.suffix == ".gz" else open(partial, "wb") as file:
-        for count, example in enumerate(examples, start=1):
-            check_key_steps(example["key_steps"])
-            image, record = example.get("image"), {k: v for k, v in example.items() if k != "image"}
-            if image is not None and not isinstance(image, (str, os.PathLike)):
-                folder.mkdir(exist_ok=True)
-                picture = folder / f"{count:06d}.png"
-                image.save(picture)
-                image = picture
-            if image is not None:
-                image = os.path.relpath(image, path.parent)
-            record["image_path"] = image
-            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-    os.replace(partial, path)
-    return count
+    return write_objects(path, (_to_record(e, i, path, folder) for i, e in enumerate(examples, 1)))
+
+
+def _to_record(example: Mapping[str, Any], number: int, path: Path, folder: Path) -> dict[str, Any]:
+    check_key_steps(example["key_steps"])
+    image, record = example.get("image"), {k: v for k, v in example.items() if k != "image"}
+    if image is not None and not isinstance(image, (str, os.PathLike)):
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = folder / f"{number:06d}.png"
+        image.save(picture)
+        image = picture
+    return record | {"image_path": None if image is None else os.path.relpath(image, path.parent)}
 
 
 def _turns(record: Mapping[str, Any]) -> list[tuple[str, str]]:

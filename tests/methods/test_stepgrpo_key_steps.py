@@ -1,5 +1,6 @@
 """Key-step pipeline: rules, replies, validation, command line."""
 
+import gzip
 import json
 
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import strategies as st
 
 from jaxrepro.config import UserError
 from jaxrepro.data import stepformat as fmt
+from jaxrepro.data.stepwise import check_key_steps
 from jaxrepro.methods.stepgrpo import key_steps, rewards
-from jaxrepro.methods.stepgrpo.key_steps import check, clean, extract, parse_reply, surface_forms
+from jaxrepro.methods.stepgrpo.key_steps import clean, extract, parse_reply, surface_forms
 
 
 def solution(*steps):
@@ -86,7 +88,7 @@ def test_a_solution_holds_its_own_key_steps_and_cleaning_is_idempotent(steps):
     keys = extract(text)
     share = rewards.key_step_share(text, keys, matcher="substring")
     assert share == (1 if keys["Steps"] else 0)
-    assert clean(keys) == keys and check(keys) == keys
+    assert clean(keys) == keys and check_key_steps(keys) == keys
 
 
 # ---- replies
@@ -120,30 +122,19 @@ def test_bad_replies_are_refused(reply, message):
         parse_reply(reply)
 
 
-# ---- validation
+# ---- cleaning
 
 
-@pytest.mark.parametrize(
-    "bad, message",
-    [
-        ("a = 3", "is a str"),
-        (None, "is a NoneType"),
-        (["a"], "is a list"),
-        ({"Steps": "a = 3"}, "must be a list"),
-        ({"Steps": [3]}, "string or a list"),
-        ({"Steps": ["a", ""]}, "key step 1 holds ''"),
-        ({"Steps": [["a", " "]]}, "matches every text"),
-        ({"Steps": [["a", 3]]}, "holds 3"),
-    ],
-)
-def test_check_refuses_bad_key_steps(bad, message):
-    with pytest.raises(UserError, match=message):
-        check(bad)
+@pytest.mark.parametrize("bad", ["a = 3", None, ["a"], {"Steps": "a = 3"}, {"Steps": [["a", 3]]}])
+def test_clean_repairs_no_broken_structure(bad):
+    with pytest.raises(UserError, match=r"key.step"):
+        clean(bad)
 
 
-def test_check_accepts_missing_and_empty_steps():
-    for good in ({}, {"Steps": []}, {"Steps": [[]]}, {"Steps": ["a", ["b", "c"]], "Rationales": 3}):
-        assert check(good) == good
+def test_what_clean_leaves_is_what_training_accepts():
+    for raw in ({}, {"Steps": [[]]}, {"Steps": ["", ["ab", " "]], "Rationales": 3}):
+        assert check_key_steps(clean(raw)) == clean(raw)
+    assert clean({}) == {"Steps": []} and clean({"Steps": [[]]}) == {"Steps": []}
 
 
 def test_clean_drops_empty_short_repeated_and_asked():
@@ -184,6 +175,16 @@ def test_command_adds_key_steps_from_solution_reply_or_what_is_there(run):
     assert [r["id"] for r in records] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("empty", [{}, {"Steps": []}, {"Steps": ["", [" "]]}, None])
+def test_empty_key_steps_are_extracted_like_missing_ones(run, empty):
+    record = {"problem": "?", "solution": solution("x = 3 + 4 = 7")}
+    _, (wanted,), _ = run(json.dumps(record))
+    code, (got,), _ = run(json.dumps({**record, "key_steps": empty}))
+    assert code == 0 and got == wanted and got["key_steps"]["Steps"]
+    reply = {"problem": "?", "reply": REPLY, "key_steps": empty}
+    assert run(json.dumps(reply))[1][0]["key_steps"]["Steps"][0][0] == "x = 3"
+
+
 def test_command_writes_filled_prompts(run):
     record = {"id": 4, "problem": "What is {solution}?", "solution": "the proof"}
     code, records, _ = run(json.dumps(record), "--prompts")
@@ -195,15 +196,15 @@ def test_command_writes_filled_prompts(run):
     "text, message",
     [
         ('{"problem": "?"}', "in.jsonl:1: record has none"),
-        ('{"key_steps": {}}\n{', "in.jsonl:2: not JSON"),
-        ("[1]", "in.jsonl:1: list"),
-        ('{"key_steps": [1]}', "in.jsonl:1: key_steps is a list"),
-        ('{"key_steps": {"Steps": [3]}}', "in.jsonl:1: key step 0 is 3"),
-        ('{"key_steps": {"Steps": 3}}', "must be a list"),
+        ('{"key_steps": {}}\n{', "in.jsonl:2: not one JSON object"),
+        ("[1]", "in.jsonl:1: a record is a JSON object, not list"),
+        ('{"key_steps": [1]}', "in.jsonl:1: 'key_steps' must be an object"),
+        ('{"key_steps": {"Steps": [3]}}', "in.jsonl:1: key step 0 must be"),
+        ('{"key_steps": {"Steps": 3}}', "needs a list 'Steps'"),
         ('{"solution": "5"}', "in.jsonl:1: solution has no"),
         ('{"solution": 5}', "solution is a int"),
         ('{"reply": "sorry"}', "in.jsonl:1: reply has no"),
-        (b"\xff\xfe", "not UTF-8"),
+        (b"\xff\xfe", "in.jsonl:1: not one JSON object in UTF-8"),
     ],
 )
 def test_bad_input_is_one_line_and_code_two_and_writes_nothing(run, text, message):
@@ -212,17 +213,18 @@ def test_bad_input_is_one_line_and_code_two_and_writes_nothing(run, text, messag
     assert message in out and out.startswith("error: ") and out.count("\n") == 1
 
 
-def test_missing_file_and_folder_are_one_line(tmp_path, capsys):
+def test_a_missing_file_and_a_place_that_cannot_be_written_are_one_line(tmp_path, capsys):
     assert key_steps.main([str(tmp_path / "none"), str(tmp_path / "out")]) == 2
-    assert "none: No such file" in capsys.readouterr().err
+    assert "no data file at" in capsys.readouterr().err
     (tmp_path / "in").write_text("")
-    assert key_steps.main([str(tmp_path / "in"), str(tmp_path / "no" / "out")]) == 2
+    assert key_steps.main([str(tmp_path / "in"), str(tmp_path / "in" / "out")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path):
-    target = tmp_path / "out.jsonl"
-    target.write_text("old")
-    with pytest.raises(TypeError):
-        key_steps.write(str(target), [{"a": 1}, {"b": object()}])
-    assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+def test_archives_are_read_and_written(run, tmp_path):
+    record = {"problem": "?", "solution": solution("x = 3 + 4 = 7")}
+    _, wanted, _ = run(json.dumps(record))
+    source, target = tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl.gz"
+    source.write_bytes(gzip.compress(json.dumps(record).encode()))
+    assert key_steps.main([str(source), str(target)]) == 0
+    assert [json.loads(x) for x in gzip.decompress(target.read_bytes()).splitlines()] == wanted

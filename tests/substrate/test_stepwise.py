@@ -15,12 +15,14 @@ from jaxrepro.data import stepwise
 from jaxrepro.data.stepformat import blocks, join, solution_text
 from jaxrepro.data.stepwise import (
     caption_of,
+    check_key_steps,
     corrupt,
     drop_reflective,
     from_conversation,
     read_jsonl,
     with_format_noise,
     write_jsonl,
+    write_objects,
 )
 
 GOOD = {
@@ -103,7 +105,7 @@ def test_written_examples_read_back(tmp_path, name):
         assert {k: e[k] for k in ("problem", "solution", "key_steps", "answer")} == {
             k: v for k, v in {**GOOD, "answer": "3"}.items() if k != "image_path"
         }
-    assert not [*tmp_path.glob("*.partial")]
+    assert {p.name for p in tmp_path.iterdir()} == {name, "a_images"}
 
 
 def test_relative_images_belong_to_the_folder_of_the_file(tmp_path, monkeypatch):
@@ -155,9 +157,27 @@ def test_a_broken_record_is_named_by_line_and_loses_nothing_else(tmp_path, fault
         assert FAULTS[fault]["image_path"].strip(".") in errors[0]
 
 
-def test_text_only_sft_data_may_lack_key_steps(tmp_path):
-    path = lines(tmp_path / "a.jsonl", {"problem": "a", "solution": "b"})
+@pytest.mark.parametrize("given", [{}, {"key_steps": None}, {"key_steps": {}}])
+def test_only_sft_data_may_lack_key_steps(tmp_path, given):
+    path = lines(tmp_path / "a.jsonl", {"problem": "a", "solution": "b", **given})
     assert read_jsonl(path, need_key_steps=False).examples[0]["key_steps"] == {"Steps": []}
+    with pytest.raises(UserError, match="key_steps"):
+        read_jsonl(path)
+
+
+def test_a_cleaner_may_look_at_empty_groups_and_texts():
+    raw = {"Steps": [[], "", ["a", " "]], "Rationales": 3}
+    assert check_key_steps(raw, empty=True) == raw
+    with pytest.raises(UserError, match="key step 0"):
+        check_key_steps({"Steps": [3]}, empty=True)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    target = tmp_path / "out.jsonl"
+    target.write_text("old")
+    with pytest.raises(TypeError):
+        write_objects(target, [{"a": 1}, {"b": object()}])
+    assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
 
 @given(st.lists(st.binary(max_size=40) | st.sampled_from([json.dumps(GOOD).encode()]), max_size=6))

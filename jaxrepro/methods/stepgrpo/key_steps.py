@@ -3,7 +3,7 @@ r"""Key steps for StepRAR (R1-VL, arXiv:2503.12937): extract, import, clean, che
 The authors ask GPT-4o three times: extract the key steps of a solution, compress each to a few core words,
 add equivalent surface forms. Only their first prompt is public. Here the same three passes are rules, which
 need no network (`extract`, `surface_forms`); `PROMPTS` holds prompts of our own for a language model, and
-`parse_reply` reads what it answers. `clean` repairs either; `check` refuses bad training records.
+`parse_reply` reads what it answers. `clean` repairs either.
 
     \frac{6}{3}=2  |  6/3 = 2  |  6 divided by 3 equals 2
     AD is a median  |  median is AD
@@ -15,16 +15,14 @@ A record's `key_steps` is {"Steps": [group, ...]}, a group one string or a list 
 """
 
 import argparse
-import json
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxrepro.config import UserError
 from jaxrepro.data import stepformat as fmt
+from jaxrepro.data.stepwise import check_key_steps, read_objects, write_objects
 from jaxrepro.methods.stepgrpo.rewards import alternatives, occurs
 
 MIN_CHARS = 2
@@ -271,43 +269,20 @@ def _list(s: str, start: int, level: int = 1) -> tuple[list, int]:
     raise UserError(f"reply has a list that never closes: {s[start : start + 60]!r}")
 
 
-# ---- validation
-
-
-def check(key_steps: Any, *, empty: bool = False) -> dict[str, Any]:
-    """The record's key steps, or UserError: they must be a dict whose "Steps" holds non-empty strings.
-
-    `empty` lets empty strings pass, for `clean` to drop.
-    """
-    if not isinstance(key_steps, Mapping):
-        raise UserError(
-            f"key_steps is a {type(key_steps).__name__}; it must be a dict with the list 'Steps'"
-        )
-    groups = key_steps.get("Steps", [])
-    if not isinstance(groups, list | tuple):
-        raise UserError(f"key_steps['Steps'] is a {type(groups).__name__}; it must be a list")
-    for i, group in enumerate(groups):
-        if not isinstance(group, str | list | tuple):
-            raise UserError(f"key step {i} is {group!r}; it must be a string or a list of strings")
-        for key in [group] if isinstance(group, str) else group:
-            if not isinstance(key, str):
-                raise UserError(f"key step {i} holds {key!r}; it must be a string")
-            if not key.strip() and not empty:
-                raise UserError(
-                    f"key step {i} holds {key!r}; remove it, an empty key matches every text"
-                )
-    return dict(key_steps)
+# ---- cleaning
 
 
 def clean(key_steps: Any, question: str = "", *, min_chars: int = MIN_CHARS) -> dict[str, Any]:
     """Drop what earns no credit: empty and short strings, and groups that repeat the question or another group.
 
     A group goes where one of its forms stands in the question, or was in an earlier group; case and
-    spaces make no difference. Other keys than "Steps" stay. `min_chars` = 1 keeps single characters, such as one-digit results.
+    spaces make no difference. Other keys than "Steps" stay, a missing "Steps" becomes []. `min_chars` = 1
+    keeps single characters, such as one-digit results. Raises UserError where it is no dict, or holds
+    something else than texts.
     """
-    key_steps = check(key_steps, empty=True)
+    key_steps = check_key_steps(key_steps, needed=False, empty=True)
     said, seen, groups = _fold(question), set(), []
-    for group in key_steps.get("Steps", []):
+    for group in key_steps["Steps"]:
         forms = [k.strip() for k in alternatives(group)]
         forms = [k for k in dict.fromkeys(forms) if len(_squeeze(k)) >= max(1, min_chars)]
         names = {_squeeze(k) for k in forms}
@@ -330,44 +305,26 @@ def _fold(text: str) -> str:
 
 
 def annotate(record: Mapping, *, min_chars: int = MIN_CHARS, forms: bool = True) -> dict:
-    """The record with key_steps: its own ones cleaned, else from its "reply", else from its "solution"."""
+    """The record with cleaned key_steps: its own where any are left, else of its "reply", else of its "solution"."""
     question = record.get("problem", "")
     for field in ("problem", "solution", "reply"):
         if not isinstance(record.get(field, ""), str):
             raise UserError(f"{field} is a {type(record[field]).__name__}; it must be a string")
-    if "key_steps" in record:
-        found = record["key_steps"]
-    elif "reply" in record:
+    own = record.get("key_steps")
+    own = None if own is None else clean(own, question, min_chars=min_chars)
+    if own and own["Steps"]:
+        return {**record, "key_steps": own}
+    if "reply" in record:
         found = parse_reply(record["reply"])
         if forms:
             found["Steps"] = [surface_forms(g) if isinstance(g, str) else g for g in found["Steps"]]
     elif "solution" in record:
         found = extract(record["solution"], question, min_chars=min_chars, forms=forms)
+    elif own is not None:
+        found = own
     else:
         raise UserError("record has none of key_steps, reply, solution; give one")
-    return {**record, "key_steps": check(clean(found, question, min_chars=min_chars))}
-
-
-def read(path: str) -> list[tuple[str, dict]]:
-    """(file:line, record) of a JSONL file; UserError names file and line."""
-    out = []
-    with open(path, encoding="utf-8") as f:
-        for i, line in enumerate(f, 1):
-            where = f"{path}:{i}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise UserError(
-                    f"{where}: not JSON ({e.msg}); one object a line is needed"
-                ) from None
-            if not isinstance(record, dict):
-                raise UserError(
-                    f"{where}: {type(record).__name__}; one JSON object a line is needed"
-                )
-            out.append((where, record))
-    return out
+    return {**record, "key_steps": clean(found, question, min_chars=min_chars)}
 
 
 def convert(records: Iterable[tuple[str, Mapping]], **options: Any) -> list[dict]:
@@ -391,20 +348,6 @@ def prompts(record: Mapping) -> dict[str, str]:
     return {**PROMPTS, "extract": filled}
 
 
-def write(path: str, records: Iterable[Mapping]) -> None:
-    """JSON lines, complete or not at all."""
-    folder = os.path.dirname(os.path.abspath(path))
-    fd, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with one line on what is wrong."""
     p = argparse.ArgumentParser(
@@ -419,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     a = p.parse_args(argv)
     try:
-        source = read(a.source)
+        source = read_objects(a.source)
         if a.prompts:
             records = [{"id": r.get("id", i), **prompts(r)} for i, (_, r) in enumerate(source)]
             note = "with prompts"
@@ -427,10 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             min_chars = 1 if a.keep_short else MIN_CHARS
             records = convert(source, min_chars=min_chars, forms=not a.no_forms)
             note = f"{sum(not r['key_steps']['Steps'] for r in records)} without key steps"
-        write(a.target, records)
-    except UnicodeDecodeError:
-        print(f"error: {a.source}: not UTF-8 text; save it as UTF-8", file=sys.stderr)
-        return 2
+        write_objects(a.target, records)
     except (UserError, OSError) as e:
         message = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
         print(f"error: {message}", file=sys.stderr)
