@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrepro.config import UserError
 from jaxrepro.ops.attention import attend, attend_packed, merge
-from jaxrepro.ops.dense import dense
+from jaxrepro.ops.dense import dense, einsum32
 
 # A scan copies what the backward pass keeps into stacked arrays. Of a few layers, that costs more time
 # than the loop saves, and compiling them one by one is no slower.
@@ -279,7 +279,7 @@ def logits(
 ) -> Float[Array, "*b v"]:
     """float32 logits of final hidden states; for long sequences see ops.logprob."""
     w = head(params, cfg).astype(hidden.dtype)
-    return jnp.einsum("...d,dv->...v", hidden, w, preferred_element_type=jnp.float32)
+    return einsum32("...d,dv->...v", hidden, w)
 
 
 def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, "d"], eps: float) -> Array:

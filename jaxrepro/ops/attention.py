@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxrepro.ops.dense import einsum32
+
 MASKED = -1e30  # finite, so that a row without any key gives zeros and not NaN
 
 
@@ -42,7 +44,7 @@ def attend_packed(
     kv = k.shape[1]
     g = h // kv
     grouped = q.reshape(b, t, kv, g, i).transpose(0, 2, 1, 3, 4).reshape(b, kv, t * g, i)
-    scores = jnp.einsum("bkqi,bkis->bkqs", grouped, k, preferred_element_type=jnp.float32)
+    scores = einsum32("bkqi,bkis->bkqs", grouped, k)
     keep = jnp.repeat(mask, g, axis=2) if mask.shape[2] > 1 else mask  # (b, 1, t g, s)
     scores = jnp.where(keep, scores * i**-0.5, MASKED)
     # a floor above MASKED, so that exp gives 0 where there is no key at all

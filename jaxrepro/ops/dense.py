@@ -1,7 +1,8 @@
-"""Matrix products of token arrays with weights whose axes are split into heads."""
+"""Matrix products: of token arrays with weights split into heads, and with float32 results."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -20,3 +21,14 @@ def dense(x: Float[Array, "b t ..."], w: Float[Array, "..."], *, inputs: int = 1
     rows = x.reshape(*lead, size) if splits_tokens() else x.reshape(-1, size)
     y = jnp.matmul(rows, w.astype(x.dtype).reshape(size, -1))
     return y.reshape(*lead, *w.shape[inputs:])
+
+
+def einsum32(formula: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """einsum of two arrays of one dtype, accumulated and returned in float32.
+
+    XLA's CPU client has no product that reads bfloat16 and writes float32, so there the operands are
+    widened first: the products are the same, because those of two bfloat16 numbers fit float32.
+    """
+    if jax.default_backend() == "cpu":
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)

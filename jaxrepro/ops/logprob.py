@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrepro.ops.dense import einsum32
+
 
 class Tokens(NamedTuple):
     """A batch of token rows; `response` is True on the tokens that are scored, aligned to tokens."""
@@ -69,7 +71,7 @@ def token_log_probs(
 
 
 def _logits(h, head, temperature):
-    z = jnp.einsum("brd,dv->brv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
+    z = einsum32("brd,dv->brv", h, head.astype(h.dtype))
     return z if temperature == 1.0 else z / temperature
 
 
@@ -92,7 +94,7 @@ def _backward(h, head, targets, g, lse, ent, temperature):
         dz = dz - g[1][..., None] * p * (lp + ent[0][..., None])
     dz = (dz / temperature).astype(h.dtype)
     dh = jnp.einsum("brv,dv->brd", dz, head.astype(h.dtype))
-    dw = jnp.einsum("brd,brv->dv", h, dz, preferred_element_type=jnp.float32)
+    dw = einsum32("brd,brv->dv", h, dz)
     return dh, dw
 
 
