@@ -17,7 +17,9 @@ def main(argv: Sequence[str]) -> None:
     text = {"flag_values": parser}
     flags.DEFINE_string("workdir", None, "folder of a run of jaxrepro.launch", **text)
     flags.DEFINE_string("split", "test", "split of the run's data", **text)
-    flags.DEFINE_integer("n", None, "number of examples; default: all", lower_bound=1, **text)
+    flags.DEFINE_integer(
+        "n", None, "number of examples; default: the run's eval.n", lower_bound=1, **text
+    )
     cli.parse_flags(parser, argv, __doc__)
     workdir = parser["workdir"].value
     config = cli.trained(workdir)

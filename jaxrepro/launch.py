@@ -28,7 +28,7 @@ def _flags() -> flags.FlagValues:
         "resume",
         "auto",
         ["auto", "never", "must"],
-        "continue a run in the workdir: auto, never (the workdir must be new), must",
+        "auto (continue what the workdir holds), never (delete it and start again), must (continue, or stop)",
         **text,
     )
     flags.DEFINE_bool("dry_run", False, "print what the run would need, and stop", **text)

@@ -21,7 +21,11 @@ def main(argv: Sequence[str]) -> None:
     flags.DEFINE_string("image", None, "image file that the question is about", **text)
     flags.DEFINE_integer("n", 1, "number of answers", lower_bound=1, **text)
     flags.DEFINE_float(
-        "temperature", None, "0 = greedy; default: the run's own", lower_bound=0.0, **text
+        "temperature",
+        None,
+        "0 = greedy; default: greedy for one answer, else the run's own sampling temperature",
+        lower_bound=0.0,
+        **text,
     )
     flags.DEFINE_integer("seed", 0, "the same seed gives the same answers", **text)
     cli.parse_flags(parser, argv, __doc__)
