@@ -67,8 +67,8 @@ def run(
             return run.results
         for name in sources(config):
             s.task.examples(name)  # a broken file is found now, not after the warm-up
-        params = warm_up(run, s)
         held = evaluation.hold(s.task, "test", config.eval.n, config.eval.batch)
+        params = warm_up(run, s)
         examine = examiner(s, held)
         asked = [config.eval.n, config.data.path]
         before = run.once("before", lambda: examine(params, "before/test/"), of=asked)
