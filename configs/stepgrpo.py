@@ -11,8 +11,8 @@ densify the signal of GRPO without a process reward model.
 MODEL is a Hugging Face folder of Qwen2-VL; FOLDER holds sft.jsonl, rl.jsonl, validation.jsonl and
 test.jsonl in R1-VL's schema. `tiny` trains 0.9 million parameters from scratch on real handwritten
 digits: a base stage that stands in for pretraining (captions and text-only equations), a warm-up SFT
-that stops at the first validation accuracy >= 0.50, then 120 StepGRPO updates. Expected: held-out
-accuracy rises by 10 points or more; RESULTS.md has the measured intervals.
+that stops at the first validation accuracy >= 0.50, then 120 StepGRPO updates. Measured over five
+seeds: held-out accuracy +20.9 points [17.2, 24.6] (RESULTS.md).
 """
 
 from ml_collections import ConfigDict, config_dict
