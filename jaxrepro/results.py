@@ -25,7 +25,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 HEADER = """# Results
 
 Rendered by `python -m jaxrepro.reproduce --render` from the files in `results/`; not edited by hand.
-Claims were written down before the runs. Intervals are 95 %; how a verdict follows from one stands at
+A claim added after its runs began is named in its method's README. Intervals are 95 %; how a verdict follows from one stands at
 the top of `jaxrepro/claims.py`. Negative and unresolved results stay. *Stale* means that the config,
 the claims or the benchmark's shapes have changed since; the numbers are then those of the commit named
 beside them.
