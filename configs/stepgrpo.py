@@ -59,9 +59,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
     data.max_prompt = config_dict.placeholder(int)  # tokens; None: what the generator needs.
     data.max_completion = config_dict.placeholder(int)  # Longer examples are never cut.
     data.instruction = False  # put the instruction that describes the format before the question
-    data.corrupt = 0.15  # share of warm-up targets with a broken format
+    data.corrupt = 0.15  # share of generated warm-up targets with a broken format
 
-    config.base = ConfigDict(
+    config.base = ConfigDict(  # of generated examples only
         dict(steps=600, batch=32, lr=1e-3, warmup=20, b2=0.99, captions=0.85, max_completion=12)
     )
     config.sft = ConfigDict(
@@ -147,12 +147,14 @@ def get_config(size: str = "tiny") -> ConfigDict:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """Fills what the preset decides and the user left untouched."""
+    """Fills what the preset and `data.path` decide."""
     if config.preset not in PRESETS:
         raise ValueError(f"preset {config.preset!r} is not one of {', '.join(PRESETS)}")
     for name, value in PRESETS[config.preset].items():
         if config.behaviour[name] is None:
             config.behaviour[name] = value
+    if config.data.path:  # a real model was pretrained, and real targets are left as they are
+        config.base.steps, config.data.corrupt = 0, 0.0
     return config
 
 

@@ -157,6 +157,20 @@ def setup_jax() -> None:
         flags.FLAGS.mark_as_parsed()  # grain's workers ask
 
 
+def fit_mesh(config: ConfigDict) -> None:
+    """Changes `config.mesh` of a trained run to the devices here, which may be others."""
+    import jax
+
+    from jaxrepro import sharding
+
+    sizes = sharding.mesh_here(config.mesh, jax.device_count())
+    if isinstance(config.mesh, Sequence):
+        config.mesh = sizes
+    else:
+        with config.mesh.unlocked():
+            config.mesh.update(zip(sharding.AXES, sizes))
+
+
 def banner() -> str:
     """One line: versions and devices."""
     import flax

@@ -27,6 +27,7 @@ def main(argv: Sequence[str]) -> None:
     if not hasattr(method, "evaluate"):
         raise UserError(f"{config.method} has no evaluation")
     cli.setup_jax()
+    cli.fit_mesh(config)
     metrics = method.evaluate(config, workdir, split=parser["split"].value, n=parser["n"].value)
     print(table(metrics))
 

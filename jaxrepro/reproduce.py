@@ -1,6 +1,6 @@
 """Runs what a method claims, arms x seeds, and says what held.
 
-    python -m jaxrepro.reproduce --config=configs/stepgrpo.py:tiny [--seeds=5] [--arms=a,b]
+    python -m jaxrepro.reproduce --config=configs/stepgrpo.py:tiny [--seeds=5] [--arms=a,b] [--jobs=2]
     python -m jaxrepro.reproduce --render
 
 Every run is a subprocess of the launcher, `python -m jaxrepro.launch --config=... --workdir=...`, and
@@ -9,157 +9,54 @@ run's memory, compiled functions and signal handlers go with it, that one run wh
 costs one run, and that this process never holds a device. The price is about three seconds of imports
 a run; compiled functions come from the cache on disk.
 
-A run's folder carries the hash of its resolved configuration (and of its warm-up's), so finished runs
-are found again, interrupted ones continue from their checkpoint, and a changed config starts afresh
-beside the old runs. Order: seed by seed, the warm-up, then the arms, so that whatever is finished
-pairs. Only the whole study of a size, without `--config.x=`, is written to results/.
+Finished runs are found again (study.py), interrupted ones continue from their checkpoint. Order: seed
+by seed, the warm-up, then the arms, so that whatever is finished pairs. Only the whole study of a size,
+without `--config.x=`, is written to results/.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any, NamedTuple
 
 from absl import flags
 
-from jaxrepro import claims, cli, config, files, results, stats
-from jaxrepro.claims import PRELUDE, ClaimSet, Outcome, Verdict
+from jaxrepro import cli, config, files, results
+from jaxrepro.claims import PRELUDE, ClaimSet, Outcome
 from jaxrepro.config import UserError
+from jaxrepro.study import (
+    Job,
+    Study,
+    collect,
+    config_hash,
+    jobs,
+    keep,
+    load,
+    note,
+    outcome,
+    publish,
+    report,
+    show,
+)
 
-OWN = ("seed", "init_from")  # differ between the runs of one arm
-FREE = (*OWN, "checkpoint.*", "log.*")  # change no result
-NOTE = "reproduce.json"  # our own file in a run's folder: minutes, error
-
-
-@dataclass(frozen=True)
-class Study:
-    """The runs that one command asks for; paths and hashes follow from it."""
-
-    spec: str  # configs/x.py:size
-    method: str
-    size: str
-    claimset: ClaimSet
-    words: tuple[str, ...]  # --config.x=y of the command line
-    seeds: tuple[int, ...]
-    workdir: Path
-
-
-class Job(NamedTuple):
-    """One run of the launcher."""
-
-    arm: str
-    seed: int
-    workdir: Path
-    words: tuple[str, ...]  # --config.x=y in the order in which they apply
+Start = Callable[[Study, Job, bool], Any]  # a process: poll(), terminate(), wait(timeout=), kill()
+POLL = 0.2  # seconds between two looks at the runs
 
 
-Launch = Callable[[Study, Job], int]  # runs a job to its end and returns the exit code
+class Running(NamedTuple):
+    """A run that has been started."""
 
-
-def study(
-    spec: str,
-    *,
-    words: Sequence[str] = (),
-    seeds: int | None = None,
-    workdir: str | Path | None = None,
-) -> Study:
-    """Reads a config file's claims at a size. Raises UserError for whatever does not fit."""
-    module, path, size = _module(spec)
-    if not callable(getattr(module, "get_claims", None)):
-        raise UserError(f"{path} has no get_claims(size), so it claims nothing to reproduce")
-    claimset = claims.parse_claims(module.get_claims(size), f"{path.name}:{size}")
-    for word in words:
-        key = word.lstrip("-").removeprefix("no").removeprefix("config.").partition("=")[0]
-        if not word.startswith(("--config.", "--noconfig.")):
-            raise UserError(f"not understood: {word}; overrides look like --config.key=value")
-        if "=" not in word and not word.startswith("--no"):
-            raise UserError(f"{word} needs its value in the same word: {word}=VALUE")
-        if key in OWN:
-            raise UserError(
-                f"--config.{key} is set by reproduce itself; use --seeds for more seeds"
-            )
-        if arms := [a for a, over in claimset.arms.items() if key in over]:
-            raise UserError(
-                f"--config.{key} is what arm {arms[0]} varies; override another key, or edit {path}"
-            )
-    count = claimset.seeds if seeds is None else seeds
-    if count < 1:
-        raise UserError(f"--seeds={count} is not possible; 1 is the least, the claims ask for "
-                        f"{claimset.seeds}")  # fmt: skip
-    default = Path("runs") / "reproduce" / f"{path.stem}-{size}"
-    return Study(
-        spec=f"{spec.partition(':')[0]}:{size}",
-        method=path.stem,
-        size=size,
-        claimset=claimset,
-        words=tuple(words),
-        seeds=tuple(range(count)),
-        workdir=Path(workdir or default),
-    )
-
-
-def _module(spec: str) -> tuple[Any, Path, str]:
-    name = Path(spec.partition(":")[0])
-    path = name if name.is_file() else config.ROOT / name
-    size = config.take_config([f"--config={spec}"]).size  # a missing file is reported from here
-    return config.load_module(path), path, size or "default"
-
-
-def _words(overrides: Mapping[str, Any]) -> tuple[str, ...]:
-    text = lambda v: str(v).lower() if isinstance(v, bool) else v if isinstance(v, str) else repr(v)
-    return tuple(f"--config.{k}={text(v)}" for k, v in overrides.items() if v is not None)
-
-
-def jobs(study: Study) -> list[Job]:
-    """All runs of a study, in the order in which they are started."""
-    common = _words(study.claimset.common) + study.words
-    warm = None if study.claimset.prelude is None else common + _words(study.claimset.prelude)
-    hashes = _hashes(study)
-    found = []
-    for seed in study.seeds:
-        mine = (f"--config.seed={seed}",)
-        init: tuple[str, ...] = ()
-        if warm is not None:
-            folder = study.workdir / f"{PRELUDE}-{hashes[PRELUDE][:8]}" / f"seed{seed}"
-            found.append(Job(PRELUDE, seed, folder, warm + mine))
-            init = (f"--config.init_from={folder}",)
-        for arm, overrides in study.claimset.arms.items():
-            folder = study.workdir / f"{arm}-{hashes[arm][:8]}" / f"seed{seed}"
-            found.append(Job(arm, seed, folder, common + _words(overrides) + mine + init))
-    return found
-
-
-def _hashes(study: Study) -> dict[str, str]:
-    """Arm -> hash of its resolved configuration and of its warm-up's, without the seed."""
-    common = _words(study.claimset.common) + study.words
-    of = lambda words: config.fingerprint(config.load(study.spec, words), FREE)
-    found = {}
-    prelude = study.claimset.prelude
-    if prelude is not None:
-        found[PRELUDE] = of(common + _words(prelude))
-    for arm, overrides in study.claimset.arms.items():
-        text = of(common + _words(overrides)) + found.get(PRELUDE, "")
-        found[arm] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return found
-
-
-def config_hash(study: Study) -> str:
-    """Hash of every arm's configuration: what "stale" is decided by."""
-    text = json.dumps(_hashes(study), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-# ---- running ----
+    job: Job
+    label: str
+    process: Any
+    since: float
 
 
 def command(study: Study, job: Job) -> list[str]:
@@ -168,96 +65,104 @@ def command(study: Study, job: Job) -> list[str]:
     return [sys.executable, "-m", "jaxrepro.launch", *words]
 
 
-def launch(study: Study, job: Job) -> int:
-    """Runs a job in a subprocess; a SIGTERM or Ctrl-C reaches it, so that it saves first."""
+def start(study: Study, job: Job, quiet: bool = False) -> subprocess.Popen:
+    """Starts a job; quiet: what it prints goes to output.txt in its folder."""
     paths = [str(config.ROOT), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-    process = subprocess.Popen(command(study, job), env=env)
-    try:
-        return process.wait()
-    except BaseException:
-        process.terminate()
-        try:
-            process.wait(timeout=120)  # the run writes its checkpoint
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        raise
-
-
-def outcome(job: Job) -> Outcome:
-    """What a job has left so far: its summary when it is finished, else why there is none."""
-    summary = _read(job.workdir / "summary.json")
-    if summary is not None:
-        numbers = {k: float(v) for k, v in summary.items() if _is_number(v)}
-        return Outcome(numbers, _read(job.workdir / "items.json"))
-    return Outcome(None, error=_note(job).get("error"))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None
-
-
-def _note(job: Job) -> dict[str, Any]:
-    return _read(job.workdir / NOTE) or {}
+    if not quiet:
+        return subprocess.Popen(command(study, job), env=env)
+    with files.writing(job.workdir):
+        job.workdir.mkdir(parents=True, exist_ok=True)
+        with open(job.workdir / "output.txt", "ab") as out:
+            return subprocess.Popen(command(study, job), env=env, stdout=out, stderr=out)
 
 
 def execute(
-    study: Study, *, arms: Sequence[str] = (), launch: Launch = launch, say: Callable = print
+    study: Study,
+    *,
+    arms: Sequence[str] = (),
+    at_once: int = 1,
+    start: Start = start,
+    say: Callable = print,
 ) -> dict[str, dict[int, Outcome]]:
-    """Starts what is not finished and returns outcomes[arm][seed]. `arms` limits what is started.
+    """Starts what is not finished, `at_once` runs at a time, and returns outcomes[arm][seed].
 
-    An arm whose warm-up failed is not started. Raises UserError when the launcher refuses a run, and
-    SystemExit when a run was stopped from outside.
+    `arms` limits what is started. An arm waits for the warm-up of its seed, and is not started where
+    that failed. Raises UserError when the launcher refuses a run, and SystemExit when a run was stopped
+    from outside; the other runs are then told to save and end.
     """
-    todo = jobs(study)
     known = list(study.claimset.arms)
     if unknown := [a for a in arms if a not in known]:
         raise UserError(f"--arms={','.join(arms)}: {unknown[0]!r} is not one of {', '.join(known)}")
-    wanted = [j for j in todo if not arms or j.arm in (*arms, PRELUDE)]
-    failed = set()
-    for i, job in enumerate(wanted):
-        label = f"[{i + 1}/{len(wanted)}] {job.arm} seed {job.seed}"
-        if outcome(job).summary is not None:
-            say(f"{label}: finished before, {job.workdir}")
-            continue
-        if job.seed in failed:
-            _keep(job, 0.0, "its warm-up failed")
-            continue
-        say(f"{label}: {shlex.join(['python', *command(study, job)[1:]])}", flush=True)
-        start, code = time.monotonic(), None
-        try:
-            code = launch(study, job)
-        finally:  # minutes of an interrupted run count too
-            error = None if code == 0 else f"exit code {code}"
-            _keep(job, (time.monotonic() - start) / 60, error if code is not None else None)
-        if code == 2 and not (job.workdir / "metrics.jsonl").exists():
-            # bad input, which all runs share; after the start it is a run that diverged: a result
-            raise UserError(f"{label}: the launcher refused it, see the line above")
-        if code in (130, 143, -2, -15):
-            raise SystemExit(143 if code in (143, -15) else 130)
-        if outcome(job).summary is None:
-            reason = _note(job).get("error") or "ended without a summary.json"
-            _keep(job, 0.0, reason)
-            say(f"{label}: FAILED, {reason}")
-            if job.arm == PRELUDE:
-                failed.add(job.seed)
-        else:
-            _warn(study.claimset, job, say)
+    wanted = [j for j in jobs(study) if not arms or j.arm in (*arms, PRELUDE)]
+    waiting = [(f"[{i}/{len(wanted)}] {j.arm} seed {j.seed}", j) for i, j in enumerate(wanted, 1)]
+    running: list[Running] = []
+    failed: set[int] = set()  # the seeds whose warm-up failed
+    try:
+        while waiting or running:
+            warming = {j.seed for _, j in waiting if j.arm == PRELUDE}
+            warming |= {r.job.seed for r in running if r.job.arm == PRELUDE}
+            ready = [x for x in waiting if x[1].arm == PRELUDE or x[1].seed not in warming]
+            if ready and len(running) < at_once:
+                waiting.remove(ready[0])
+                label, job = ready[0]
+                if outcome(job).summary is not None:
+                    say(f"{label}: finished before, {job.workdir}")
+                elif job.seed in failed:
+                    keep(job, 0.0, "its warm-up failed")
+                else:
+                    say(f"{label}: {shlex.join(['python', *command(study, job)[1:]])}", flush=True)
+                    process = start(study, job, at_once > 1)
+                    running.append(Running(job, label, process, monotonic()))
+                continue
+            ended = [r for r in running if r.process.poll() is not None]
+            for run in ended:
+                running.remove(run)
+                _settle(study, run, failed, say)
+            if not ended:
+                sleep(POLL)
+    except BaseException:
+        _stop(running)
+        raise
     return collect(study)
 
 
-def _keep(job: Job, minutes: float, error: str | None) -> None:
-    minutes += _note(job).get("minutes", 0.0)
-    results.write_json(job.workdir / NOTE, {"minutes": minutes, "error": error})
+def _minutes(run: Running) -> float:
+    return (monotonic() - run.since) / 60
+
+
+def _settle(study: Study, run: Running, failed: set[int], say: Callable) -> None:
+    """Notes how a run ended."""
+    job, code = run.job, run.process.poll()
+    keep(job, _minutes(run), None if code == 0 else f"exit code {code}")
+    if code == 2 and not (job.workdir / "metrics.jsonl").exists():
+        # bad input, which all runs share; after the start it is a run that diverged: a result
+        output = job.workdir / "output.txt"
+        where = f"see the end of {output}" if output.exists() else "see the line above"
+        raise UserError(f"{run.label}: the launcher refused it, {where}")
+    if code in (130, 143, -2, -15):
+        raise SystemExit(143 if code in (143, -15) else 130)
+    if outcome(job).summary is None:
+        reason = note(job).get("error") or "ended without a summary.json"
+        keep(job, 0.0, reason)
+        say(f"{run.label}: FAILED, {reason}")
+        if job.arm == PRELUDE:
+            failed.add(job.seed)
+    else:
+        _warn(study.claimset, job, say)
+
+
+def _stop(running: Sequence[Running]) -> None:
+    """Ends the runs; each writes its checkpoint first."""
+    for run in running:
+        run.process.terminate()
+    for run in running:
+        try:
+            run.process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            run.process.kill()
+            run.process.wait()
+        keep(run.job, _minutes(run), None)  # minutes of an interrupted run count too
 
 
 def _warn(claimset: ClaimSet, job: Job, say: Callable) -> None:
@@ -270,132 +175,6 @@ def _warn(claimset: ClaimSet, job: Job, say: Callable) -> None:
         say(f"warning: {job.arm} wrote no metric {key}{hint}")
 
 
-def collect(study: Study) -> dict[str, dict[int, Outcome]]:
-    """outcomes[arm][seed] of what is on disk; starts nothing."""
-    found: dict[str, dict[int, Outcome]] = {}
-    for job in jobs(study):
-        found.setdefault(job.arm, {})[job.seed] = outcome(job)
-    return found
-
-
-# ---- reporting ----
-
-
-def report(study: Study, device: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of results/<method>-<size>-<device>.json from what is on disk."""
-    found = collect(study)
-    verdicts = [claims.judge(c, found, study.seeds) for c in study.claimset.claims]
-    notes = [_note(job) for job in jobs(study)]
-    metrics: dict[str, list[str]] = {}
-    for c in study.claimset.claims:
-        metrics.setdefault(c.arm, []).append(c.metric)
-        if c.baseline is not None:
-            metrics.setdefault(c.baseline, []).append(c.baseline_metric or c.metric)
-    shown = list(dict.fromkeys(m for keys in metrics.values() for m in keys))
-    return {
-        "kind": "claims",
-        **results.provenance(device),
-        "method": study.method,
-        "size": study.size,
-        "slug": results.device_slug(device),
-        "config": study.spec,
-        "overrides": list(study.words),
-        "config_hash": config_hash(study),
-        "claims_hash": study.claimset.fingerprint(),
-        "run_commits": sorted({_commit(job) for job in jobs(study)} - {""}),
-        "minutes": sum(n.get("minutes", 0.0) for n in notes),
-        "seeds": list(study.seeds),
-        "claims": [_claim_record(v) for v in verdicts],
-        "arms": {arm: _arm_record(runs, shown) for arm, runs in found.items()},
-        "complete": all(
-            run.summary is not None for runs in found.values() for run in runs.values()
-        ),
-    }
-
-
-def _commit(job: Job) -> str:
-    """The commit that the run itself recorded in its config.json."""
-    saved = _read(job.workdir / "config.json") or {}
-    return str(saved.get("commit") or "")
-
-
-def _claim_record(v: Verdict) -> dict[str, Any]:
-    c = v.claim
-    return {
-        "name": c.name,
-        "says": c.says,
-        "sentence": c.sentence,
-        "kind": c.kind,
-        "arm": c.arm,
-        "metric": c.metric,
-        "baseline": c.baseline,
-        "baseline_metric": c.baseline_metric,
-        "direction": c.direction,
-        "bound": c.bound,
-        "margin": c.margin,
-        "mean": v.interval.mean,
-        "lo": v.interval.lo,
-        "hi": v.interval.hi,
-        "n": v.interval.n,
-        "over": v.over,
-        "values": list(v.values),
-        "baseline_values": None if v.baseline_values is None else list(v.baseline_values),
-        "verdict": v.verdict,
-        "note": v.note,
-    }
-
-
-def _arm_record(runs: Mapping[int, Outcome], shown: Sequence[str]) -> dict[str, Any]:
-    record: dict[str, Any] = {"metrics": {}, "per_seed": {}}
-    for seed, run in runs.items():
-        record["per_seed"][str(seed)] = run.summary or {"error": run.error or "not finished"}
-    for key in shown:
-        values = [r.summary[key] for r in runs.values() if r.summary and key in r.summary]
-        if values and all(map(math.isfinite, values)):
-            mean, lo, hi, n = stats.student_t(values)
-            record["metrics"][key] = {"mean": mean, "lo": lo, "hi": hi, "n": n}
-    return record
-
-
-def publish(study: Study, data: Mapping[str, Any], folder: Path) -> tuple[Path, str]:
-    """Writes the report; (path, "" or why it went to the workdir instead of `folder`)."""
-    reason = ""
-    if study.words:
-        reason = f"it has overrides ({' '.join(study.words)})"
-    elif not data["complete"] and not any(c["n"] for c in data["claims"]):
-        reason = "no run is finished"
-    elif any(
-        run.get("error") == "not finished"
-        for arm in data["arms"].values()
-        for run in arm["per_seed"].values()
-    ):
-        reason = "runs are missing"
-    elif len(study.seeds) < study.claimset.seeds:
-        reason = f"it has {len(study.seeds)} seeds of {study.claimset.seeds}"
-    results.write_json(study.workdir / "result.json", data)
-    if reason:
-        return study.workdir / "result.json", reason
-    path = folder / f"{study.method}-{study.size}-{data['slug']}.json"
-    results.write_json(path, data)
-    return path, ""
-
-
-def show(data: Mapping[str, Any], say: Callable = print) -> None:
-    """Prints mean, interval and verdict of every claim."""
-    say(
-        f"\n{data['method']}:{data['size']}, {len(data['seeds'])} seeds, {data['minutes']:.1f} minutes"
-    )
-    for c in data["claims"]:
-        text = results.interval_text(c["mean"], c["lo"], c["hi"])
-        say(f"  {c['verdict'].upper():<14} {c['name']}: {c['sentence']}")
-        say(
-            f"  {'':<14} {text} over {c['n']} {c['over']}"
-            + (f" ({c['note']})" if c["note"] else "")
-        )
-        if c["says"]:
-            say(f"  {'':<14} {c['says']}")
-
-
 def stale(data: Mapping[str, Any]) -> str:
     """Why a results file no longer belongs to the code beside it; "" where it does."""
     if data["kind"] == "bench":
@@ -403,7 +182,7 @@ def stale(data: Mapping[str, Any]) -> str:
 
         return harness.stale(data)
     try:
-        now = study(data["config"], words=data["overrides"], seeds=len(data["seeds"]))
+        now = load(data["config"], words=data["overrides"], seeds=len(data["seeds"]))
         if now.claimset.fingerprint() != data["claims_hash"]:
             return "the claims have changed since"
         if config_hash(now) != data["config_hash"]:
@@ -437,28 +216,22 @@ def device() -> dict[str, Any]:
 
 def _parser() -> flags.FlagValues:
     parser = flags.FlagValues()
-    add = lambda define, *args: define(*args, flag_values=parser)
-    add(
-        flags.DEFINE_integer, "seeds", None, "seeds of every arm; the claims' own number by default"
+    text = {"flag_values": parser}
+    flags.DEFINE_integer("seeds", None, "seeds of every arm; default: the claims' own", **text)
+    flags.DEFINE_string("workdir", None, "of all runs; default runs/reproduce/NAME-SIZE", **text)
+    flags.DEFINE_list(
+        "arms", [], "start only these arms (and the warm-up); the report shows all", **text
     )
-    add(
-        flags.DEFINE_string,
-        "workdir",
-        None,
-        "folder of all runs; runs/reproduce/NAME-SIZE by default",
+    flags.DEFINE_integer(
+        "jobs",
+        1,
+        "runs at a time; above 1 each prints to output.txt in its folder",
+        lower_bound=1,
+        **text,
     )
-    add(
-        flags.DEFINE_list,
-        "arms",
-        [],
-        "start only these arms (and the warm-up); the report shows all",
-    )
-    add(flags.DEFINE_bool, "only_report", False, "start nothing, report what is finished")
-    add(
-        flags.DEFINE_bool,
-        "render",
-        False,
-        "write RESULTS.md from results/; alone or after the runs",
+    flags.DEFINE_bool("only_report", False, "start nothing, report what is finished", **text)
+    flags.DEFINE_bool(
+        "render", False, "write RESULTS.md from results/; alone or after the runs", **text
     )
     return parser
 
@@ -493,11 +266,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run(spec: str, words: Sequence[str], parser: flags.FlagValues) -> None:
-    asked = study(spec, words=words, seeds=parser["seeds"].value, workdir=parser["workdir"].value)
+    asked = load(spec, words=words, seeds=parser["seeds"].value, workdir=parser["workdir"].value)
     cli.exit_on_sigterm()
     if not parser["only_report"].value:
         try:
-            execute(asked, arms=parser["arms"].value, launch=launch)
+            execute(asked, arms=parser["arms"].value, at_once=parser["jobs"].value, start=start)
         except (KeyboardInterrupt, SystemExit):
             print("stopped; the same command continues here", file=sys.stderr)
             raise

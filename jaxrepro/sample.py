@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
     if not hasattr(method, "sample"):
         raise UserError(f"{config.method} produces no samples; use jaxrepro.evaluate")
     cli.setup_jax()
+    cli.fit_mesh(config)
     names = ("prompt", "image", "n", "temperature", "seed")
     answers = method.sample(config, workdir, **{name: parser[name].value for name in names})
     print("\n\n".join(answers))

@@ -92,6 +92,30 @@ def make_mesh(shape=(1, 1, 1, 1), *, devices: Sequence[Any] | None = None) -> Me
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def row_parts(mesh) -> int:
+    """The number of parts in which the rows of a batch lie on the mesh: data * fsdp."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def check_batches(mesh, **batches: int) -> None:
+    """UserError unless every batch, given under its config name, divides over data * fsdp."""
+    parts = row_parts(mesh)
+    for name, size in batches.items():
+        if size % parts:
+            raise UserError(
+                f"{name}={size} does not divide over data * fsdp = {parts} of the mesh; use a "
+                f"multiple of {parts}"
+            )
+
+
+def mesh_here(shape, devices: int) -> tuple[int, int, int, int]:
+    """`shape` where it fits `devices`, else all of them on fsdp: what a run trained on other hardware
+    is evaluated on."""
+    sizes = _sizes(shape)
+    fits = -1 in sizes or math.prod(sizes) in (1, devices)
+    return sizes if fits else (1, devices, 1, 1)
+
+
 def abstract_mesh(shape, *, devices: int | None = None) -> AbstractMesh:
     """A mesh without hardware, for shapes and memory of a size that is not here.
 
@@ -232,7 +256,7 @@ def batch_sharding(mesh, batch=None):
     rows = tuple(axis for axis in BATCH if mesh.shape[axis] > 1) or None
     if batch is None:
         return NamedSharding(mesh, P(rows))
-    parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    parts = row_parts(mesh)
     n = mesh.shape["sequence"]
 
     def one(keys, x):

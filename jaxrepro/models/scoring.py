@@ -15,6 +15,8 @@ from jaxrepro.models import transformer
 from jaxrepro.models.transformer import Prefix, TransformerConfig
 from jaxrepro.ops.logprob import Tokens, shift, token_log_probs
 
+_GATHER = 1024  # below this vocabulary the head costs less than gathering the positions it needs
+
 
 def completion_log_probs(
     params: dict,
@@ -70,10 +72,24 @@ def last(hidden: Float[Array, "b t d"], segment: Int[Array, "b t"]) -> Float[Arr
 
 
 def nll(
-    params: dict, cfg: TransformerConfig, x: Float[Array, "b t d"], tokens: Tokens, *, chunk=1024
+    params: dict,
+    cfg: TransformerConfig,
+    x: Float[Array, "b t d"],
+    tokens: Tokens,
+    *,
+    responses: int | None = None,
+    chunk: int = 1024,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed negative log-probability (nats) of the response tokens, and their number."""
+    """Summed negative log-probability (nats) of the response tokens, and their number.
+
+    responses: a bound on the response tokens of a row. Only so many positions of each row then meet
+    the head, which is a large share of the work; of a row with more of them the rest is left out.
+    """
     hidden, _ = transformer.apply(params, cfg, x, position=tokens.position, segment=tokens.segment)
     targets, mask = shift(tokens.tokens, tokens.response, tokens.segment)
+    if responses is not None and responses < mask.shape[-1] and cfg.vocab > _GATHER:
+        first = jnp.argsort(~mask, axis=-1, stable=True)[:, :responses]
+        hidden = jnp.take_along_axis(hidden, first[..., None], axis=1)
+        targets, mask = (jnp.take_along_axis(a, first, axis=1) for a in (targets, mask))
     lp = token_log_probs(hidden, transformer.head(params, cfg), targets, chunk=chunk)
     return -jnp.sum(lp, where=mask), mask.sum().astype(jnp.float32)

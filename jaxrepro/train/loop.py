@@ -95,6 +95,7 @@ class Run:
         self._lock = self._metrics = self._saves = self._best = self._progress = None
         self._best_value = self._pending = self._previous = None
         self._total, self._over, self._looping, self._stop = None, False, False, False
+        self._begun: set[str] = set()  # the stages that this process has restored
 
     # --- start and end -------------------------------------------------------------------------
 
@@ -251,6 +252,7 @@ class Run:
         self._flush()
         self._close_stage()
         self.stage, self._total, self._over = stage, None, False
+        self._begun.add(stage)
         self._saves = Checkpoints(self.workdir, stage, keep=self._keep)
         abstract = jax.eval_shape(init) if abstract is None else abstract
         target = on_device(abstract, shardings)
@@ -278,6 +280,12 @@ class Run:
         start, self._total = int(state.step), int(total)
         if self._over or start >= self._total:
             return
+        if start and (built := [s for s in stages_in(self.workdir) if s not in self._begun]):
+            raise UserError(
+                f"stage {self.stage} ended at step {start} and {built[0]} went on from there; "
+                f"{self.stage}.steps={total} would change what it started from. Keep {start}, or "
+                "choose another --workdir"
+            )
         if self._writer:
             self._progress = report.Progress(self.stage, start, self._total, show=self._show)
         self._looping = True

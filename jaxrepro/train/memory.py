@@ -22,7 +22,7 @@ class Plan:
 
     params: with shardings, as `checkpoint.on_device` or `sharded` make them. opt: the optimiser's
     state. trainable: as in `make_step`. reference: frozen copies. cache: KV of the rollout.
-    activations, logits: of one micro-batch. batch: of one step. mesh: for the report only.
+    activations, logits: of one micro-batch. batch: of one step. mesh, stage: for the report only.
     """
 
     params: Any
@@ -34,6 +34,12 @@ class Plan:
     logits: Any = None
     batch: Any = None
     mesh: Any = None
+    stage: str = ""
+
+
+def largest(*plans: Plan) -> Plan:
+    """The plan that needs the most memory: what a run of several stages needs."""
+    return max(plans, key=lambda plan: estimate(plan)["total"])
 
 
 def sharded(tree, shardings):
@@ -94,6 +100,24 @@ def decoder_activations(cfg, rows: int, length: int, *, parts: int = 1) -> dict[
     }
 
 
+def vision_activations(cfg, rows: int, patches: int, *, parts: int = 1) -> dict[str, Any]:
+    """What the backward pass of a vision tower keeps for `rows` images of `patches` patches; `remat`
+    and `parts` as in `decoder_activations`."""
+    rows = -(-rows // parts)
+    dots = 5 * cfg.embed + cfg.mlp
+    everything = dots + 4 * cfg.embed + cfg.mlp
+    kept = {"none": everything, "dots": dots, "full": 0}[cfg.remat]
+    weights = cfg.depth if cfg.remat == "none" else 1
+    dtype = jnp.dtype(cfg.dtype)
+    shape = lambda *s, dtype=dtype: jax.ShapeDtypeStruct(s, dtype)
+    return {
+        "layer inputs": shape(cfg.depth, rows * patches, cfg.embed),
+        "kept": shape(cfg.depth, rows * patches, kept),
+        "one layer": shape(rows * patches, everything),
+        "attention": shape(weights, rows, cfg.heads, patches, patches, dtype=jnp.dtype("float32")),
+    }
+
+
 def logits_chunk(vocab: int, chunk: int, *, parts: int = 1):
     """Logits of one chunk of tokens and their gradient, float32; `parts`: devices on the vocabulary."""
     return jax.ShapeDtypeStruct((2, chunk, -(-vocab // parts)), jnp.float32)
@@ -126,6 +150,8 @@ def render(plan: Plan) -> str:
     """The estimate as lines of text, with parameter count, mesh and batch shapes."""
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(plan.params))
     lines = [f"parameters: {count:,}"]
+    if plan.stage:
+        lines.append(f"stage that needs the most memory: {plan.stage}")
     if plan.mesh is not None:
         lines.append("mesh: " + ", ".join(f"{k}={v}" for k, v in plan.mesh.shape.items()))
     for keys, x in jax.tree_util.tree_leaves_with_path(plan.batch):

@@ -284,7 +284,7 @@ def on_files(folder, **changes):
     paths = {"data__path": str(folder / "data"), "model__path": str(folder / "model")}
     limits = {"data__max_prompt": run.prepare(config()).task.encoder.max_prompt}
     limits["data__max_completion"] = tiny.LONGEST
-    steps = {"base__steps": 0, "sft__steps": 1, "steps": 1}
+    steps = {"sft__steps": 1, "steps": 1}
     return config(**paths | limits | steps | changes)
 
 
@@ -294,6 +294,7 @@ def copied(files, tmp_path):
 
 def test_jsonl_files_and_a_model_folder_train_both_stages(files, tmp_path):
     c = on_files(files)
+    assert c.base.steps == 0 and c.data.corrupt == 0  # both are for generated questions
     s = run.prepare(c)
     start = jax.device_get(run.initial(s))
     equal(start, hf.load(files / "model", s.task.cfg))

@@ -17,7 +17,7 @@ LAYERS = [
     {"train"},
     {"methods"},
     {"cli", "claims", "results"},  # what the commands share
-    {"launch", "evaluate", "sample", "bench", "export"},
+    {"launch", "evaluate", "sample", "bench", "export", "study"},
     {"reproduce"},  # renders what bench measured, too
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -223,6 +223,23 @@ def test_an_early_stop_is_not_repeated(tmp_path):
     assert stages == [("sft", i + 1) for i in range(8)]
 
 
+def test_a_stage_that_another_was_built_on_is_not_trained_further(tmp_path):
+    def both(first, second):
+        with Run(config(), tmp_path / "run", show=()) as run:
+            for stage, total in (("sft", first), ("rl", second)):
+                state = run.restore(init, stage=stage)
+                for i in run.steps(state, total):
+                    state, m = STEP(state, data(i))
+                    run.log(i, m)
+                    run.save(i, state)
+            return int(state.step)
+
+    assert both(4, 4) == 4
+    assert both(4, 6) == 6  # the last stage may go on
+    with pytest.raises(UserError, match=r"sft ended at step 4 and rl went on .* sft\.steps=8"):
+        both(8, 6)
+
+
 def test_a_run_starts_from_the_parameters_of_another(tmp_path, whole):
     with Run(config(), tmp_path) as run:
         state = run.restore(init, stage="rl", init_from=whole[0])

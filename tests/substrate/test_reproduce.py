@@ -1,13 +1,13 @@
 """Arms x seeds: order, reuse, interruption, failures, publishing, rendering. Fake runs; nothing trains."""
 
 import json
-import subprocess
 import sys
 import zlib
 
 import pytest
 
 from jaxrepro import config, files, reproduce, results
+from jaxrepro import study as studies
 from jaxrepro.claims import PRELUDE
 from jaxrepro.config import UserError
 
@@ -53,13 +53,23 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
+class Ended:
+    """A process that has ended."""
+
+    def __init__(self, code):
+        self.poll = lambda: code
+
+
 class Fake:
     """Stands in for the launcher: accuracy from alpha and seed, at once. Remembers what it ran."""
 
     def __init__(self, fail=(), stop_after=None, code=1):
         self.ran, self.fail, self.stop_after, self.code = [], set(fail), stop_after, code
 
-    def __call__(self, study, job):
+    def __call__(self, study, job, quiet):
+        return Ended(self.run(study, job))
+
+    def run(self, study, job):
         resolved = config.load(study.spec, job.words)
         if self.stop_after is not None and len(self.ran) >= self.stop_after:
             return 143
@@ -81,18 +91,18 @@ def silent(*_, **__):
 
 
 def run(study, fake, **kw):
-    return reproduce.execute(study, launch=fake, say=silent, **kw)
+    return reproduce.execute(study, start=fake, say=silent, **kw)
 
 
 def test_runs_go_seed_by_seed_with_the_shared_warm_up_first(root):
     fake = Fake()
-    run(reproduce.study("configs/fake.py:tiny"), fake)
+    run(studies.load("configs/fake.py:tiny"), fake)
     want = [(arm, seed) for seed in range(3) for arm in (PRELUDE, "ours", "plain")]
     assert fake.ran == want
 
 
 def test_each_arm_starts_from_the_warm_up_of_its_seed(root):
-    for job in reproduce.jobs(reproduce.study("configs/fake.py")):
+    for job in studies.jobs(studies.load("configs/fake.py")):
         init = [w for w in job.words if w.startswith("--config.init_from=")]
         if job.arm == PRELUDE:
             assert not init
@@ -101,7 +111,7 @@ def test_each_arm_starts_from_the_warm_up_of_its_seed(root):
 
 
 def test_finished_runs_are_reused(root):
-    study = reproduce.study("configs/fake.py:tiny")
+    study = studies.load("configs/fake.py:tiny")
     run(study, Fake())
     again = Fake()
     found = run(study, again)
@@ -109,7 +119,7 @@ def test_finished_runs_are_reused(root):
 
 
 def test_an_interrupted_study_continues_where_it_stopped(root):
-    study, first, second = reproduce.study("configs/fake.py:tiny"), Fake(stop_after=4), Fake()
+    study, first, second = studies.load("configs/fake.py:tiny"), Fake(stop_after=4), Fake()
     with pytest.raises(SystemExit) as e:
         run(study, first)
     assert e.value.code == 143 and len(first.ran) == 4
@@ -118,70 +128,70 @@ def test_an_interrupted_study_continues_where_it_stopped(root):
 
 
 def test_a_changed_config_starts_afresh_and_only_where_it_matters(root):
-    run(reproduce.study("configs/fake.py:tiny"), Fake())
+    run(studies.load("configs/fake.py:tiny"), Fake())
     path = root / "configs" / "fake.py"
     path.write_text(CONFIG.replace("every=10", "every=20"))  # cadence changes no result
     same = Fake()
-    run(reproduce.study("configs/fake.py:tiny"), same)
+    run(studies.load("configs/fake.py:tiny"), same)
     assert same.ran == []
     path.write_text(CONFIG.replace('"alpha": 0.0', '"alpha": 0.05'))
     fake = Fake()
-    run(reproduce.study("configs/fake.py:tiny"), fake)
+    run(studies.load("configs/fake.py:tiny"), fake)
     assert fake.ran == [("plain", 0), ("plain", 1), ("plain", 2)]
     path.write_text(
         CONFIG.replace('"prelude": {"steps": 0}', '"prelude": {"steps": 0, "alpha": 0.3}')
     )
     fake = Fake()
-    run(reproduce.study("configs/fake.py:tiny"), fake)
+    run(studies.load("configs/fake.py:tiny"), fake)
     assert len(fake.ran) == 9  # another warm-up: every arm
 
 
 def test_more_seeds_reuse_the_first_ones(root):
-    run(reproduce.study("configs/fake.py:tiny", seeds=1), Fake())
+    run(studies.load("configs/fake.py:tiny", seeds=1), Fake())
     fake = Fake()
-    run(reproduce.study("configs/fake.py:tiny"), fake)
+    run(studies.load("configs/fake.py:tiny"), fake)
     assert {seed for _, seed in fake.ran} == {1, 2}
 
 
 def test_arms_limits_what_is_started(root):
     fake = Fake()
-    run(reproduce.study("configs/fake.py:tiny", seeds=1), fake, arms=["plain"])
+    run(studies.load("configs/fake.py:tiny", seeds=1), fake, arms=["plain"])
     assert fake.ran == [(PRELUDE, 0), ("plain", 0)]
     with pytest.raises(UserError, match="'pain' is not one of ours, plain"):
-        run(reproduce.study("configs/fake.py:tiny"), fake, arms=["pain"])
+        run(studies.load("configs/fake.py:tiny"), fake, arms=["pain"])
 
 
 def test_a_failed_run_is_reported_and_tried_again(root):
-    study = reproduce.study("configs/fake.py:tiny")
+    study = studies.load("configs/fake.py:tiny")
     run(study, Fake(fail=[("plain", 1)]))
-    data = reproduce.report(study, CPU)
+    data = studies.report(study, CPU)
     better = data["claims"][0]
     assert better["verdict"] == "not resolved" and "plain seed 1: exit code 1" in better["note"]
     assert better["values"][1] is not None and better["baseline_values"][1] is None
     again = Fake()
     run(study, again)
     assert again.ran == [("plain", 1)]
-    assert reproduce.report(study, CPU)["claims"][0]["verdict"] == "holds"
+    assert studies.report(study, CPU)["claims"][0]["verdict"] == "holds"
 
 
 def test_arms_of_a_failed_warm_up_are_not_started(root):
     fake = Fake(fail=[(PRELUDE, 0)])
-    run(reproduce.study("configs/fake.py:tiny", seeds=2), fake)
+    run(studies.load("configs/fake.py:tiny", seeds=2), fake)
     assert fake.ran == [(PRELUDE, 0), (PRELUDE, 1), ("ours", 1), ("plain", 1)]
 
 
 def test_a_refused_config_stops_everything_and_a_diverged_run_does_not(root):
     fake = Fake(fail=[("ours", 0)], code=2)  # it had started: metrics.jsonl exists
-    run(reproduce.study("configs/fake.py:tiny"), fake)
+    run(studies.load("configs/fake.py:tiny"), fake)
     assert len(fake.ran) == 9
     with pytest.raises(UserError, match="the launcher refused it"):
-        run(reproduce.study("configs/fake.py:tiny", workdir="elsewhere"), lambda *_: 2)
+        run(studies.load("configs/fake.py:tiny", workdir="elsewhere"), lambda *_: Ended(2))
 
 
 def test_the_verdicts_and_their_numbers_are_in_the_file(root):
-    study = reproduce.study("configs/fake.py:tiny")
+    study = studies.load("configs/fake.py:tiny")
     run(study, Fake())
-    path, reason = reproduce.publish(study, reproduce.report(study, CPU), root / "results")
+    path, reason = studies.publish(study, studies.report(study, CPU), root / "results")
     assert reason == "" and path == root / "results" / "fake-tiny-cpu.json"
     data = json.loads(path.read_text())
     better, high = data["claims"]
@@ -207,24 +217,24 @@ def test_the_verdicts_and_their_numbers_are_in_the_file(root):
     ],
 )
 def test_only_the_whole_study_goes_to_results(root, kw, reason):
-    study = reproduce.study("configs/fake.py:tiny", **kw)
+    study = studies.load("configs/fake.py:tiny", **kw)
     run(study, Fake())
-    path, why = reproduce.publish(study, reproduce.report(study, CPU), root / "results")
+    path, why = studies.publish(study, studies.report(study, CPU), root / "results")
     assert why.startswith(reason) and path == study.workdir / "result.json"
     assert not (root / "results").exists()
 
 
 def test_unfinished_studies_are_not_published(root):
-    study = reproduce.study("configs/fake.py:tiny")
+    study = studies.load("configs/fake.py:tiny")
     run(study, Fake(), arms=["ours"])
-    _, why = reproduce.publish(study, reproduce.report(study, CPU), root / "results")
+    _, why = studies.publish(study, studies.report(study, CPU), root / "results")
     assert why == "runs are missing"
 
 
 def publish(root):
-    study = reproduce.study("configs/fake.py:tiny")
+    study = studies.load("configs/fake.py:tiny")
     run(study, Fake())
-    reproduce.publish(study, reproduce.report(study, CPU), root / "results")
+    studies.publish(study, studies.report(study, CPU), root / "results")
 
 
 def test_render_is_idempotent_and_reads_only_results(root):
@@ -258,12 +268,12 @@ def test_stale_is_written_where_a_hash_no_longer_matches(root, old, new, says):
 
 
 def test_the_command_runs_reports_and_renders(root, monkeypatch, capsys):
-    monkeypatch.setattr(reproduce, "launch", Fake())
+    monkeypatch.setattr(reproduce, "start", Fake())
     reproduce.main(["--config=configs/fake.py:tiny", "--render"])
     out = capsys.readouterr().out
     assert "HOLDS" in out and "CONTRADICTED" in out and "over 3 seeds" in out
     assert (root / "RESULTS.md").read_text() == reproduce.render(root)
-    monkeypatch.setattr(reproduce, "launch", lambda *_: pytest.fail("started a run"))
+    monkeypatch.setattr(reproduce, "start", lambda *_: pytest.fail("started a run"))
     reproduce.main(["--config=configs/fake.py:tiny", "--only_report"])
 
 
@@ -271,7 +281,7 @@ def test_a_metric_that_no_run_writes_is_said_after_the_first_run(root, capsys):
     path = root / "configs" / "fake.py"
     path.write_text(CONFIG.replace('"arm": "ours", "metric": "after/test/accuracy"',
                                    '"arm": "ours", "metric": "after/test/acuracy"'))  # fmt: skip
-    reproduce.execute(reproduce.study("configs/fake.py:tiny", seeds=1), launch=Fake())
+    reproduce.execute(studies.load("configs/fake.py:tiny", seeds=1), start=Fake())
     assert "did you mean after/test/accuracy?" in capsys.readouterr().out
 
 
@@ -298,12 +308,12 @@ def test_bad_input_is_one_line(root, argv, says):
 def test_a_config_without_claims_says_so(root):
     (root / "configs" / "fake.py").write_text(CONFIG.replace("get_claims", "other"))
     with pytest.raises(UserError, match="has no get_claims"):
-        reproduce.study("configs/fake.py:tiny")
+        studies.load("configs/fake.py:tiny")
 
 
 def test_a_run_is_the_launchers_own_command(root):
-    study = reproduce.study("configs/fake.py", words=["--config.checkpoint.every=5"])
-    job = reproduce.jobs(study)[2]
+    study = studies.load("configs/fake.py", words=["--config.checkpoint.every=5"])
+    job = studies.jobs(study)[2]
     words = reproduce.command(study, job)
     assert words[1:5] == ["-m", "jaxrepro.launch", "--config=configs/fake.py:tiny", words[4]]
     assert words[5:-1] == [
@@ -316,29 +326,67 @@ def test_a_run_is_the_launchers_own_command(root):
     assert config.load(study.spec, job.words).names == ("a",)
 
 
-def test_stopping_this_process_stops_the_run_and_lets_it_save(root, monkeypatch):
-    study = reproduce.study("configs/fake.py")
-    child = "import signal, sys, time; signal.signal(15, lambda *_: (open('saved', 'w'), sys.exit(143)));"
-    child += "open('ready', 'w'); time.sleep(60)"
+def a_run_that_waits(root, monkeypatch):
+    """The launcher's command becomes a process that waits, and saves on SIGTERM."""
+    child = "import signal, sys, time; signal.signal(15, lambda *_: (open('saved', 'a').write('x'), sys.exit(143)));"
+    child += "open('ready', 'a').write('x'); time.sleep(60)"
     monkeypatch.setattr(reproduce, "command", lambda *_: [sys.executable, "-c", child])
 
-    def interrupted(self, timeout=None, wait=subprocess.Popen.wait):
-        if timeout is not None:
-            return wait(self, timeout)
-        while not (root / "ready").exists():
-            pass
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_stopping_this_process_stops_the_runs_and_lets_them_save(root, monkeypatch, at_once):
+    a_run_that_waits(root, monkeypatch)
+    study = studies.load("configs/fake.py")
+    started = lambda: (root / "ready").exists() and len((root / "ready").read_text()) == at_once
+
+    def interrupted(seconds):
+        if started():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        reproduce.launch(study, reproduce.jobs(study)[0])
-    assert (root / "saved").exists()
+        reproduce.execute(study, at_once=at_once, say=silent)
+    assert (root / "saved").read_text() == "x" * at_once
+    notes = [studies.note(job) for job in studies.jobs(study)]
+    assert sum("minutes" in n for n in notes) == at_once
+
+
+def test_runs_at_once_wait_for_their_own_warm_up_and_give_the_same_outcomes(root):
+    class Slow(Fake):
+        """A run ends at the third look at it; `most` is how many ran at once."""
+
+        def __init__(self):
+            super().__init__()
+            self.now, self.most = set(), 0
+
+        def __call__(self, study, job, quiet):
+            assert quiet and ((PRELUDE, job.seed) not in self.now)
+            looks, name = [], (job.arm, job.seed)
+            self.now.add(name)
+            self.most = max(self.most, len(self.now))
+
+            def poll():
+                if looks and looks[-1] is not None:
+                    return looks[-1]
+                looks.append(self.run(study, job) if len(looks) == 2 else None)
+                if looks[-1] is not None:
+                    self.now.discard(name)
+                return looks[-1]
+
+            process = Ended(0)
+            process.poll = poll
+            return process
+
+    study, slow = studies.load("configs/fake.py:tiny"), Slow()
+    found = run(study, slow, at_once=3)
+    assert sorted(slow.ran) == sorted((j.arm, j.seed) for j in studies.jobs(study))
+    assert slow.most == 3
+    alone = run(studies.load("configs/fake.py:tiny", workdir="alone"), Fake())
+    assert found == alone
 
 
 def test_results_md_is_what_render_writes():
     path = config.ROOT / "RESULTS.md"
-    if not path.exists():
-        pytest.skip("RESULTS.md is not written yet")
     assert path.read_text(encoding="utf-8") == reproduce.render(), (
         "run `python -m jaxrepro.reproduce --render`"
     )

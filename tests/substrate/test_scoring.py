@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrepro.models import transformer
+from jaxrepro.models import scoring, transformer
 from jaxrepro.models.scoring import completion_log_probs, nll
 from jaxrepro.models.transformer import TransformerConfig
 from jaxrepro.ops.logprob import Tokens
@@ -119,3 +119,22 @@ def test_nll_sums_over_response_tokens_of_packed_rows(params):
     assert weight == 3
     want = -sum(lp[j, tokens[0, j + 1]] for j in (1, 3, 4))
     np.testing.assert_allclose(total, want, rtol=1e-5)
+
+
+def test_nll_at_the_responses_alone_equals_nll_at_every_position(params, monkeypatch):
+    monkeypatch.setattr(scoring, "_GATHER", 1)
+    rng = np.random.default_rng(2)
+    tokens = jnp.asarray(rng.integers(0, CFG.vocab, (3, 9)), jnp.int32)
+    position = jnp.broadcast_to(jnp.arange(9), (3, 9))
+    begin, end = np.array([[5], [2], [7]]), np.array([[9], [6], [8]])  # 4, 4 and 1 responses
+    response = jnp.asarray((np.arange(9) >= begin) & (np.arange(9) < end))
+    rows = Tokens(tokens, response, jnp.asarray(np.arange(9) < end, jnp.int32), position)
+
+    def run(params, responses):
+        x = transformer.embed(params, CFG, tokens)
+        return nll(params, CFG, x, rows, responses=responses, chunk=6)
+
+    got = jax.jit(jax.value_and_grad(lambda p: run(p, 4), has_aux=True))(params)
+    want = jax.jit(jax.value_and_grad(lambda p: run(p, None), has_aux=True))(params)
+    assert got[0][1] == 9
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)

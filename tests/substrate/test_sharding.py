@@ -80,6 +80,14 @@ def test_mesh_takes_the_rest_and_refuses_what_does_not_fit():
             sharding.make_mesh(shape)
 
 
+def test_a_trained_run_is_placed_on_the_devices_that_are_here():
+    assert sharding.mesh_here((2, 2, 1, 2), 8) == (2, 2, 1, 2)
+    assert sharding.mesh_here((2, 2, 1, 2), 1) == (1, 1, 1, 1)
+    assert sharding.mesh_here((1, 4, 1, 2), 2) == (1, 2, 1, 1)
+    assert sharding.mesh_here((1, -1, 1, 1), 3) == (1, -1, 1, 1)
+    assert sharding.mesh_here((1, 1, 1, 1), 8) == (1, 1, 1, 1)
+
+
 def test_abstract_mesh_shards_shapes_without_devices():
     mesh = sharding.abstract_mesh((1, 64, 1, 4))
     at = sharding.shard_tree({"w": ("embed", "mlp")}, {"w": np.zeros((128, 8))}, mesh)

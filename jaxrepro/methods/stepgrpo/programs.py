@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from jaxrepro import sharding
-from jaxrepro.config import UserError
 from jaxrepro.methods.stepgrpo import evaluation, objective, rewards
 from jaxrepro.methods.stepgrpo.task import Task, build
 from jaxrepro.models import qwen2_vl
@@ -37,13 +36,6 @@ def prepare(config: Any) -> Setting:
     """Task, reward behaviour, mesh and where the parameters lie."""
     behaviour = rewards.Behaviour.preset(config.preset, **config.behaviour.to_dict())
     mesh = sharding.make_mesh(config.mesh)
-    parts = rows_at_once(mesh)
-    for stage in ("base", "sft", "rl"):
-        if config[stage].batch % parts:
-            raise UserError(
-                f"{stage}.batch={config[stage].batch} does not divide over data * fsdp = {parts} "
-                f"of the mesh; use a multiple of {parts}"
-            )
     task = build(config)
     abstract = qwen2_vl.abstract(task.cfg)
     return Setting(
@@ -55,7 +47,8 @@ def sft_loss(params: Any, batch: Any, *, s: Setting) -> Any:
     """Summed negative log-likelihood of the assistant's tokens, their number."""
     cfg, tokens = s.task.cfg, batch["tokens"]
     x = qwen2_vl.embed(params, cfg, tokens.tokens, batch["vision"])
-    return *nll(params["text"], cfg.text, x, tokens), {}
+    longest = s.task.encoder.max_completion
+    return *nll(params["text"], cfg.text, x, tokens, responses=longest), {}
 
 
 def policy_log_probs(params: Any, rows: Any, *, s: Setting, entropy: bool = False) -> Any:
@@ -127,11 +120,6 @@ def place(s: Setting, arrays: Any) -> Any:
     return jax.device_put(arrays, sharding.batch_sharding(s.mesh, arrays))
 
 
-def rows_at_once(mesh: Any) -> int:
-    """The number of parts in which a batch lies on the mesh."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
 def rollout_temperature(s: Setting) -> float:
     """Of the rollouts: the preset's where its script ignores the config, else the config's."""
     fixed = s.behaviour.temperature
@@ -161,7 +149,7 @@ def sampler(s: Setting, *, n: int, temperature: float, max_new: int | None = Non
 
     def call(params: Any, batch: Any, ids: Any, key: Any) -> Samples:
         rows = len(ids)
-        short = -rows % rows_at_once(s.mesh)
+        short = -rows % sharding.row_parts(s.mesh)
         if short:  # devices take whole rows: the last one again, and not returned
             again = lambda x: np.concatenate([x, np.repeat(x[-1:], short, axis=0)])
             batch, ids = jax.tree.map(again, batch), again(ids)

@@ -56,6 +56,7 @@ def run(
     """Train one arm in `workdir`; returns what summary.json holds."""
     check(config)
     s = prepare(config)
+    sharding.check_batches(s.mesh, **{f"{n}.batch": config[n].batch for n in ("base", "sft", "rl")})
     with Run(
         config,
         workdir,
@@ -324,39 +325,67 @@ def sample(
 
 
 def plan(config: Any) -> memory.Plan:
-    """Shapes of one RL update for --dry_run; no file, network or device is touched."""
+    """Shapes of the stage that needs the most memory, for --dry_run; touches no file, network or device."""
     check(config)
-    cfg, rl = geometry(config), config.rl
-    mesh = sharding.abstract_mesh(config.mesh)
+    cfg, mesh = geometry(config), sharding.abstract_mesh(config.mesh)
+    needed = [
+        n for n in ("sft", "rl") if n in sources(config)
+    ]  # the base stage is smaller than sft
+    return memory.largest(*(_plan(config, cfg, mesh, stage) for stage in needed or ["sft"]))
+
+
+def _plan(config: Any, cfg: Any, mesh: Any, stage: str) -> memory.Plan:
+    settings = config[stage]
     abstract = qwen2_vl.abstract(cfg)
     shardings = sharding.shard_tree(qwen2_vl.axes(cfg), abstract, mesh)
     params = memory.sharded(abstract, shardings)
-    optimizer, trainable = training(cfg, rl, max(config.steps, 1))
-    begin = partial(init_state, optimizer=optimizer, trainable=trainable)
-    state = jax.eval_shape(begin, abstract)
+    total = config.steps if stage == "rl" else settings.steps
+    optimizer, trainable = training(cfg, settings, max(total, 1))
+    state = jax.eval_shape(partial(init_state, optimizer=optimizer, trainable=trainable), abstract)
     opt = memory.sharded(state.opt, state_shardings(state, shardings, mesh).opt)
     prompt, completion = lengths(config)
-    rows = rl.batch * rl.samples
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    micro = -(-rows // rl.micro_batches)
-    shape = lambda *dims, dtype=jnp.int32: jax.ShapeDtypeStruct(dims, dtype)
-    patches = patch_count(config)
-    columns = cfg.vision.channels * cfg.vision.temporal * cfg.vision.patch**2
-    batch = {
-        "prompts/tokens": shape(rl.batch, prompt),
-        "prompts/position": shape(rl.batch, 3, prompt),
-        "vision/patches": shape(rl.batch, patches, columns, dtype=jnp.float32),
-        "tokens": shape(rl.batch, rl.samples, completion),
-        "advantage": shape(rl.batch, rl.samples, dtype=jnp.float32),
-    }
+    patches, parts = patch_count(config), sharding.row_parts(mesh)
+    batch = _batch_shapes(config, cfg, stage)
+    samples = config.rl.samples if stage == "rl" else 1
+    questions = -(-settings.batch // settings.micro_batches)
+    rows, tokens = questions * samples, prompt + completion
+    cache = None
+    if stage == "rl":
+        cache = {
+            "prompts": memory.kv_cache(cfg.text, -(-settings.batch // parts), prompt),
+            "samples": memory.kv_cache(cfg.text, -(-settings.batch * samples // parts), completion),
+        }
     return memory.Plan(
         params=params,
         opt=opt,
         trainable=trainable,
-        reference=params,
-        cache=memory.kv_cache(cfg.text, -(-rows // parts), completion),
-        activations=memory.decoder_activations(cfg.text, micro, prompt + completion, parts=parts),
+        reference=params if stage == "rl" else None,
+        cache=cache,
+        activations={
+            "decoder": memory.decoder_activations(cfg.text, rows, tokens, parts=parts),
+            "vision": memory.vision_activations(cfg.vision, questions, patches, parts=parts),
+        },
         logits=memory.logits_chunk(cfg.text.vocab, 1024, parts=mesh.shape["tensor"]),
         batch=memory.sharded(batch, sharding.batch_sharding(mesh, batch)),
         mesh=mesh,
+        stage=stage,
     )
+
+
+def _batch_shapes(config: Any, cfg: Any, stage: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the encoder and the rollouts put on the devices for one update."""
+    shape = lambda *dims, dtype=jnp.int32: jax.ShapeDtypeStruct(dims, dtype)
+    prompt, completion = lengths(config)
+    b, n = config[stage].batch, config.rl.samples
+    patches = shape(b, patch_count(config), cfg.vision.columns, dtype=jnp.float32)
+    if stage == "sft":
+        length = prompt + completion
+        rows = {"tokens": shape(b, length), "position": shape(b, 3, length)}
+        return rows | {"vision/patches": patches}
+    return {
+        "prompts/tokens": shape(b, prompt),
+        "prompts/position": shape(b, 3, prompt),
+        "vision/patches": patches,
+        "tokens": shape(b, n, completion),
+        "advantage": shape(b, n, dtype=jnp.float32),
+    }
