@@ -168,7 +168,7 @@ def fit_mesh(config: ConfigDict) -> None:
         config.mesh = sizes
     else:
         with config.mesh.unlocked():
-            config.mesh.update(zip(sharding.AXES, sizes))
+            config.mesh.update(dict(zip(sharding.AXES, sizes)))
 
 
 def banner() -> str:
