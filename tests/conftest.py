@@ -2,9 +2,18 @@
 
 import os
 
+# Most of the fast tests' time is compilation. LLVM's passes change no result that a test may rely on.
+QUICK = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+
+
+def pytest_configure(config):
+    """Fast tests compile quickly; slow and oracle tests run what users run."""
+    if config.getoption("markexpr").startswith("not slow"):
+        os.environ["XLA_FLAGS"] += QUICK
