@@ -180,14 +180,15 @@ def _parse(line: bytes, *, first: bool) -> dict[str, Any]:
     return record
 
 
-def read_objects(path: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of a `.jsonl` or `.jsonl.gz` file; UserError names the first broken line."""
-    found = []
+def read_objects(path: str | os.PathLike) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+    """("file:line", object) of a `.jsonl` or `.jsonl.gz` file, and what is wrong with its broken lines."""
+    found, errors = [], []
     for number, record, failure in _objects(Path(path)):
         if failure:
-            raise UserError(f"{path}:{number}: {failure}")
-        found.append((f"{path}:{number}", record))
-    return found
+            errors.append(f"{path}:{number}: {failure}")
+        else:
+            found.append((f"{path}:{number}", record))
+    return found, errors
 
 
 def _example(

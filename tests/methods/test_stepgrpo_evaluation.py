@@ -4,7 +4,11 @@ import pytest
 
 from jaxrepro.config import UserError
 from jaxrepro.data.stepformat import solution_text
-from jaxrepro.methods.stepgrpo.evaluation import benchmark_answer, benchmark_average
+from jaxrepro.methods.stepgrpo.evaluation import (
+    benchmark_accuracy,
+    benchmark_answer,
+    benchmark_average,
+)
 
 NAMES = ("MathVista", "MMStar", "MathVision", "ChartQA", "DynaMath")
 NAMES += ("HallusionBench", "MathVerse", "MME")
@@ -47,3 +51,13 @@ def test_hallusionbench_reads_choices_as_yes_and_no(answer, wanted):
     text = solution_text("a", "b", ["c"], answer)
     assert benchmark_answer(text, yes_no=True) == wanted
     assert benchmark_answer(text) == answer.strip()
+
+
+def test_benchmark_accuracy_compares_the_one_answer_by_value():
+    example = {"solution": solution_text("a", "b", ["c"], "42")}
+    right = solution_text("x", "y", ["z"], "42.0")
+    assert benchmark_accuracy(example, right) == 1
+    assert benchmark_accuracy(example, right + "\n\n" + right) == 0
+    assert benchmark_accuracy(example, "42") == 0
+    assert benchmark_accuracy({"solution": "42"}, right) == 1
+    assert benchmark_accuracy({"solution": ""}, right) is None

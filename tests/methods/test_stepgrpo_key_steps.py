@@ -196,7 +196,7 @@ def test_command_writes_filled_prompts(run):
     "text, message",
     [
         ('{"problem": "?"}', "in.jsonl:1: record has none"),
-        ('{"key_steps": {}}\n{', "in.jsonl:2: not one JSON object"),
+        ("{", "in.jsonl:1: not one JSON object"),
         ("[1]", "in.jsonl:1: a record is a JSON object, not list"),
         ('{"key_steps": [1]}', "in.jsonl:1: 'key_steps' must be an object"),
         ('{"key_steps": {"Steps": [3]}}', "in.jsonl:1: key step 0 must be"),
@@ -211,6 +211,18 @@ def test_bad_input_is_one_line_and_code_two_and_writes_nothing(run, text, messag
     code, records, out = run(text)
     assert code == 2 and records is None
     assert message in out and out.startswith("error: ") and out.count("\n") == 1
+
+
+def test_a_broken_line_is_named_and_costs_no_other_record(run, tmp_path, capsys):
+    good = {"id": "a", "problem": "?", "solution": solution("x = 3 + 4 = 7")}
+    text = "\n".join([json.dumps(good), "{", json.dumps({"problem": "?"}), json.dumps(good)])
+    code, records, out = run(text)
+    assert code == 0 and len(records) == 2 and "2 records" in out
+    assert "left out: " in out and "in.jsonl:2: not one JSON object" in out
+    assert "in.jsonl:3: record has none" in out
+    source = tmp_path / "in.jsonl"  # in place, the broken records would be gone
+    assert key_steps.main([str(source), str(source)]) == 2
+    assert "in.jsonl:2" in capsys.readouterr().err and source.read_text() == text
 
 
 def test_a_missing_file_and_a_place_that_cannot_be_written_are_one_line(tmp_path, capsys):

@@ -14,10 +14,11 @@ from jaxrepro.config import UserError
 from jaxrepro.data.stepformat import final_answer
 from jaxrepro.methods.stepgrpo import rewards
 from jaxrepro.methods.stepgrpo.task import Task, texts
+from jaxrepro.rewards import maths
 from jaxrepro.rollout.generate import Samples
 from jaxrepro.sharding import fetch
 
-RATES = ("accuracy", "validity", "answered")
+RATES = ("accuracy", "benchmark_accuracy", "validity", "answered")
 
 
 class Held(NamedTuple):
@@ -63,13 +64,21 @@ def rates(parts: Sequence[Mapping[str, float | None]], prefix: str) -> dict[str,
     """Means under `prefix`, the rates with their Wilson 95 % interval; unscorable answers are counted."""
     out: dict[str, float] = {f"{prefix}n": float(len(parts))}
     for name in RATES:
-        known = [p[name] for p in parts if p[name] is not None]
+        known = [p[name] for p in parts if p.get(name) is not None]
         if known:
             mean, lo, hi, _ = stats.wilson(sum(known), len(known))
             out |= {f"{prefix}{name}": mean, f"{prefix}{name}_lo": lo, f"{prefix}{name}_hi": hi}
     out[f"{prefix}key_steps"] = float(np.mean([p["key_steps"] for p in parts]))
     out[f"{prefix}unscorable"] = float(sum(p["accuracy"] is None for p in parts))
     return out
+
+
+def benchmark_accuracy(example: Mapping[str, Any], text: str) -> float | None:
+    """Whether the answer that a benchmark reads is right; None where the solution holds no answer."""
+    gold = rewards.answer(example["solution"])
+    gold = example["solution"].strip() if gold is None else gold
+    ok = maths.correct(benchmark_answer(text), gold)
+    return None if ok is None else float(ok)
 
 
 def benchmark_answer(text: str, *, yes_no: bool = False) -> str | None:

@@ -18,6 +18,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxrepro.config import UserError
@@ -327,15 +328,15 @@ def annotate(record: Mapping, *, min_chars: int = MIN_CHARS, forms: bool = True)
     return {**record, "key_steps": clean(found, question, min_chars=min_chars)}
 
 
-def convert(records: Iterable[tuple[str, Mapping]], **options: Any) -> list[dict]:
-    """Annotated records; UserError names file and line."""
-    out = []
+def convert(records: Iterable[tuple[str, Mapping]], **options: Any) -> tuple[list[dict], list[str]]:
+    """Annotated records, and "file:line: what is wrong" of those that cannot be."""
+    out, errors = [], []
     for where, record in records:
         try:
             out.append(annotate(record, **options))
         except UserError as e:
-            raise UserError(f"{where}: {e}") from None
-    return out
+            errors.append(f"{where}: {e}")
+    return out, errors
 
 
 def prompts(record: Mapping) -> dict[str, str]:
@@ -362,19 +363,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     a = p.parse_args(argv)
     try:
-        source = read_objects(a.source)
+        source, broken = read_objects(a.source)
         if a.prompts:
             records = [{"id": r.get("id", i), **prompts(r)} for i, (_, r) in enumerate(source)]
             note = "with prompts"
         else:
             min_chars = 1 if a.keep_short else MIN_CHARS
-            records = convert(source, min_chars=min_chars, forms=not a.no_forms)
+            records, refused = convert(source, min_chars=min_chars, forms=not a.no_forms)
+            broken += refused
             note = f"{sum(not r['key_steps']['Steps'] for r in records)} without key steps"
+        if broken and (not records or Path(a.target).resolve() == Path(a.source).resolve()):
+            raise UserError(broken[0])  # nothing is written, so that no record is lost
         write_objects(a.target, records)
     except (UserError, OSError) as e:
         message = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
         print(f"error: {message}", file=sys.stderr)
         return 2
+    for message in broken:
+        print(f"left out: {message}", file=sys.stderr)
     print(f"{len(records)} records, {note} -> {a.target}")
     return 0
 

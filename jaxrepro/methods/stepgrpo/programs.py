@@ -167,6 +167,8 @@ def examiner(s: Setting, held: evaluation.Held) -> Any:
         key = jax.random.key(0)  # the same for every arm and moment: a paired comparison
         texts = evaluation.answers(greedy, params, s.task, held, key)
         parts = evaluation.score(held.examples, texts, s.behaviour)
+        for part, example, text in zip(parts, held.examples, texts):
+            part["benchmark_accuracy"] = evaluation.benchmark_accuracy(example, text)
         samples = evaluation.answers(drawn, params, s.task, held, key)
         rates = evaluation.rates(parts, prefix)
         sampled = evaluation.rates(
