@@ -102,6 +102,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config.log = ConfigDict(dict(every=1, tensorboard=True, curves=True))
     config.log.wandb = config_dict.placeholder(str)  # project name; needs the extra "wandb"
     config.eval = ConfigDict(dict(every=0, n=512, validation_n=256, batch=128))
+    config.eval.instruction = config_dict.placeholder(bool)  # None: as data.instruction
+    config.eval.max_completion = config_dict.placeholder(int)  # None: data.max_completion
+    config.eval.yes_no = config_dict.placeholder(bool)  # choices a, b are Yes, No (HallusionBench)
 
     if size == "gpu":
         # 40-80 million parameters on rendered bar charts.
@@ -141,20 +144,19 @@ def get_config(size: str = "tiny") -> ConfigDict:
         )
         config.checkpoint.update(dict(every=100, keep=2))
         config.eval.update(dict(every=0, n=1000, validation_n=0, batch=16))
+        config.eval.instruction, config.eval.max_completion = True, 2048
     elif size != "tiny":
         raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
     return config
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """Fills what the preset and `data.path` decide."""
+    """Fills what the preset decides and the user left untouched."""
     if config.preset not in PRESETS:
         raise ValueError(f"preset {config.preset!r} is not one of {', '.join(PRESETS)}")
     for name, value in PRESETS[config.preset].items():
         if config.behaviour[name] is None:
             config.behaviour[name] = value
-    if config.data.path:  # a real model was pretrained, and real targets are left as they are
-        config.base.steps, config.data.corrupt = 0, 0.0
     return config
 
 

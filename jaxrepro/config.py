@@ -159,12 +159,13 @@ def diff(config_a: ConfigDict | Mapping, config_b: ConfigDict | Mapping) -> list
 def fingerprint(config: ConfigDict | Mapping, ignore: Sequence[str] = ()) -> str:
     """Hash of keys and values, 16 hexadecimal digits, the same on every machine and in every order.
 
-    `ignore` holds patterns of dotted keys that do not count (`*.every`, `init_from`).
+    `ignore` holds patterns of dotted keys that do not count (`*.every`, `init_from`). Nor does a key
+    without a value: an option that is added later, and off, changes no result.
     """
     kept = {
         key: value
         for key, value in _leaves(config)
-        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in ignore)
+        if value is not None and not any(fnmatch.fnmatchcase(key, one) for one in ignore)
     }
     return hashlib.sha256(_canonical(kept).encode()).hexdigest()[:16]
 

@@ -54,8 +54,8 @@ class Row(NamedTuple):
 class Encoder:
     """How examples become rows: tokenizer, model geometry, static lengths in tokens.
 
-    `patches` is the patch count of every row; None takes the bucket of the longest row. `ask` turns
-    a problem into the user's text, for instance by an instruction that describes the format.
+    `patches` is the patch count of every row; None takes the bucket of the longest row. `ask` makes
+    the user's text of an example, for instance by an instruction that describes the format.
     """
 
     tokenizer: Tokenizer
@@ -65,7 +65,7 @@ class Encoder:
     patches: int | None = None
     min_pixels: int = 3136
     max_pixels: int = 1_003_520
-    ask: Callable[[str], str] | None = None
+    ask: Callable[[Mapping[str, Any]], str] | None = None
 
     def __post_init__(self):
         text, cfg = self.tokenizer, self.cfg
@@ -98,7 +98,7 @@ class Encoder:
         return Row(self._prompt_tokens(example, [grid for _, grid in found]), found)
 
     def _prompt_tokens(self, example, grids) -> list[int]:
-        problem = self.ask(example["problem"]) if self.ask else example["problem"]
+        problem = self.ask(example) if self.ask else example["problem"]
         _refuse_special(example["id"], "problem", problem)
         counts = [images.tokens_of(grid, self.cfg.vision.merge) for grid in grids]
         return self.tokenizer.encode(chat.render(problem, counts))
@@ -179,11 +179,21 @@ class Encoder:
 
 def drop_long(
     encoder: Encoder, examples: Iterable[Mapping[str, Any]]
-) -> tuple[list[Mapping[str, Any]], int]:
-    """The examples that fit the encoder's lengths, and the number of those that don't."""
-    examples, limits = list(examples), (encoder.max_prompt, encoder.max_completion)
-    kept = [e for e in examples if all(n <= m for n, m in zip(encoder.lengths(e), limits))]
-    return kept, len(examples) - len(kept)
+) -> tuple[list[Mapping[str, Any]], int, list[str]]:
+    """The examples that fit the encoder's lengths, the number of those that are too long, and what is
+    wrong with those that cannot be encoded at all."""
+    kept, long, errors = [], 0, []
+    limits = encoder.max_prompt, encoder.max_completion
+    for example in examples:
+        try:
+            fits = all(n <= most for n, most in zip(encoder.lengths(example), limits))
+        except UserError as e:
+            name = f"example {example['id']}"
+            errors.append(str(e) if name in str(e) else f"{name}: {e}")
+            continue
+        kept += [example] if fits else []
+        long += not fits
+    return kept, long, errors
 
 
 class Generated:

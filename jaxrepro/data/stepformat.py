@@ -20,8 +20,8 @@ STEP = "### Step {}:"
 ANSWER = "### The final answer is:"
 REQUIRED = (DESCRIPTION, RATIONALE, STEP.format(1), ANSWER)  # THINK is not required
 
-STEP_HEADER = re.compile(r"### Step (\d+):")
-STEP_BLOCK = re.compile(r"### Step \d+:\s*(.*?)(?=\n###|\Z)", re.DOTALL)
+STEP_HEADER = re.compile(r"### Step (\d{1,9}):")  # int() refuses thousands of digits
+STEP_BLOCK = re.compile(r"### Step \d{1,9}:\s*(.*?)(?=\n###|\Z)", re.DOTALL)
 ANSWER_LINE = re.compile(re.escape(ANSWER) + r"\s*\n?(.*)")
 _HEADER = re.compile(
     "|".join(

@@ -1,7 +1,8 @@
 """Is an answer equal to the gold answer? Exact, deterministic, without extra packages.
 
 Rules, in order: equal text; multiple choice; "x = 5" against "5"; lists, tuples, sets, intervals; numbers
-with units, percentages and thousands separators; expressions, compared as values at fixed rational points
+with units, percentages and thousands separators (a sum or product is not the number that it would give:
+"4 + 4" does not answer 8); expressions, compared as values at fixed rational points
 (the identity test of Schwartz and Zippel, made deterministic). Numbers are exact fractions; only roots,
 pi and functions are floats (relative 1e-9). Nothing is ever evaluated by Python: a small parser reads LaTeX
 and ASCII, bounded by length and nesting, not by a clock, so that the same text always scores the same.
@@ -50,6 +51,11 @@ _REPLACE = [
     (r"\*\*", "^"),
 ]
 _REPLACE = [(re.compile(a), b) for a, b in _REPLACE]
+# "1 000" is 1000, "1 2" is not 12.
+_BLANK = re.compile(r"(?<!\d) +| +(?!\d)|(?<=\d) (?=\d{3}(?: \d{3})*(?!\d))")
+_PLAIN = re.compile(r"[+-]?\$?[\d.,]*\d ?(?:%|[A-Za-z][A-Za-z/^ 23]*)?")
+# A sum or product of numbers; 6.7 * 10^5 is the way to write a number.
+_INFIX = re.compile(r"[\d)}!%] *(?:[+-]|\*(?! *10 *\^)) *[\d(\\.-]")
 
 
 def _vocabulary(words: str) -> tuple[str, ...]:
@@ -157,8 +163,13 @@ def normalise(text: str) -> str:
 
 
 def _key(text: str) -> str:
-    text = text.casefold().replace(" ", "")
+    text = _BLANK.sub("", text.casefold())
     return _WORDS.get(text, text)
+
+
+def _unevaluated(a: str, g: str) -> bool:
+    """Whether the gold answer is a plain number and the answer a sum or product that would give one."""
+    return bool(_PLAIN.fullmatch(g) and _INFIX.search(a))
 
 
 def _equal(a: str, g: str, tol: float, depth: int) -> bool:
@@ -183,6 +194,8 @@ def _equal(a: str, g: str, tol: float, depth: int) -> bool:
     xs, ys = _items(a), _items(g)
     if xs or ys:
         return bool(xs and ys) and _lists(xs, ys, tol, depth - 1)
+    if _unevaluated(a, g):
+        return False
     na, ng = _number(a), _number(g) or _number(g, any_unit=True)
     if na and ng:
         return _numbers(na, ng, tol)

@@ -45,7 +45,7 @@ FORMAT = 1
 TERMINATED = 143  # exit code after SIGTERM
 RESUME = ("auto", "never", "must")
 OURS = (FOLDER, "once", report.FILE, report.EVENTS, curves.FILE, "summary.json")
-OURS += ("samples.md", "samples", "items.json")
+OURS += ("samples.md", "samples", "items.json", "answers.jsonl")
 
 
 def may_differ(key: str) -> bool:

@@ -1,5 +1,6 @@
 """The optimiser of a run: AdamW with a schedule, and weight decay on matrices only."""
 
+import math
 import re
 from collections.abc import Callable
 
@@ -38,6 +39,8 @@ def schedule(name: str, lr, steps: int, warmup: int = 0, end=0.0) -> Callable:
     `end * lr` at `steps`. The first step already has lr / warmup."""
     if name not in SCHEDULES:
         raise UserError(f"schedule={name!r} is unknown; use one of {', '.join(SCHEDULES)}")
+    if warmup < 0:
+        raise UserError(f"warmup={warmup} is negative; use a number of steps from 0 up")
     if name != "constant" and warmup and warmup >= steps:
         raise UserError(f"warmup={warmup} leaves nothing of steps={steps}; use fewer")
 
@@ -60,8 +63,15 @@ def optimizer(config, steps: int | None = None) -> Scheduled:
     get = config.get
     steps = int(get("steps", 1) if steps is None else steps)
     lr = float(config["lr"])
-    if not lr >= 0:
-        raise UserError(f"lr={lr} is negative; use a number from 0 up")
+    for name, value, high in (
+        ("lr", lr, math.inf),
+        ("weight_decay", get("weight_decay", 0.0), math.inf),
+        ("b1", get("b1", 0.9), 1.0),
+        ("b2", get("b2", 0.999), 1.0),
+    ):
+        if not 0 <= value < high:
+            limit = "" if high == math.inf else f", below {high:g}"
+            raise UserError(f"{name}={value} can't be; use a number from 0 up{limit}")
     rate = schedule(
         get("schedule", "constant"), lr, steps, int(get("warmup", 0)), float(get("end_lr", 0.0))
     )

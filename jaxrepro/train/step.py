@@ -113,6 +113,11 @@ def make_step(
     or the gradient is not finite the whole state comes back unchanged.
     """
 
+    if max_grad_norm is not None and not max_grad_norm >= 0:
+        raise UserError(
+            f"max_grad_norm={max_grad_norm}; use a number above 0, or 0 for no clipping"
+        )
+
     def step(state: State, batch):
         params = state.params
         mask = trainable_mask(trainable, params)

@@ -34,14 +34,13 @@ SETTINGS = tiny.SETTINGS | {
     "checkpoint.every": 3,
     "checkpoint.keep": 1,
 }
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def launch(workdir, cache):
     """The launcher as a user starts it."""
     words = [f"--config.{k}={v}" for k, v in SETTINGS.items()]
     command = [sys.executable, "-m", "jaxrepro.launch", "--config=configs/stepgrpo.py"]
-    env = os.environ | {"XLA_FLAGS": FAST, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    env = os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache)}
     with (workdir.parent / f"{workdir.name}.log").open("a") as out:
         command += [f"--workdir={workdir}", *words]
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out)

@@ -15,7 +15,7 @@ from PIL import Image
 from jaxrepro import cli
 from jaxrepro.config import UserError
 from jaxrepro.data import stepwise
-from jaxrepro.methods.stepgrpo import objective, run
+from jaxrepro.methods.stepgrpo import objective, rewards, run
 from jaxrepro.models import hf, qwen2_vl
 from jaxrepro.rl.advantages import MODES
 from jaxrepro.train import checkpoint, metrics
@@ -110,6 +110,8 @@ def test_a_run_writes_config_summary_items_samples_and_curves(trained):
     items = read(workdir, "items.json")
     assert {k: len(v) for k, v in items.items()} == {"before/test": 8, "after/test": 8}
     assert np.mean(items["after/test"]) == results["after/test/accuracy"]
+    answers = [json.loads(x) for x in (workdir / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 8 and all(a.keys() >= {"problem", "before", "after"} for a in answers)
     text = (workdir / "samples.md").read_text()
     example = run.prepare(config()).task.split("test", 1)[0]
     assert example["problem"] in text and "samples/0.png" in text
@@ -135,6 +137,8 @@ def test_evaluation_of_a_workdir_repeats_the_results_of_its_run(trained):
     assert found == {k.removeprefix("after/"): results[f"after/{k}"] for k in found}
     validation = run.evaluate(config(), workdir, split="validation", n=8)
     assert validation["validation/n"] == 8
+    with pytest.raises(UserError, match="split 'rl' is what a stage trains on"):
+        run.evaluate(config(), workdir, split="rl")
 
 
 def test_samples_answer_a_file_and_test_questions(trained, tmp_path):
@@ -144,7 +148,8 @@ def test_samples_answer_a_file_and_test_questions(trained, tmp_path):
     ask = lambda **kw: run.sample(config(), workdir, **kw)
     asked = {"prompt": example["problem"], "image": str(tmp_path / "a.png")}
     (own,) = ask()
-    assert own.startswith(f"question: {example['problem']}\n\n")
+    gold = rewards.answer(example["solution"])
+    assert own.startswith(f"question: {example['problem']} (answer: {gold})\n\n")
     assert ask(**asked) == [own.split("\n\n", 1)[1]]  # the same question from a file
     with pytest.raises(UserError, match="--image needs --prompt"):
         ask(image=asked["image"])
@@ -212,9 +217,14 @@ def test_the_control_arm_goes_on_with_supervised_training(trained, tmp_path, une
     assert not set(ids("more")) & {*ids("sft"), *ids("rl"), *ids("base")}
 
 
-@pytest.mark.parametrize("preset", [pytest.param("code_2b", marks=pytest.mark.slow), "code_7b"])
-def test_every_preset_runs_an_update(trained, tmp_path, unexamined, preset):
-    c = config(init_from=str(trained[0]), preset=preset, steps=1)
+@pytest.mark.parametrize(
+    "preset", ["paper", *(pytest.param(n, marks=pytest.mark.slow) for n in ("code_2b", "code_7b"))]
+)
+def test_the_loss_sees_the_distribution_that_its_preset_names(
+    trained, tmp_path, unexamined, preset
+):
+    """At a temperature other than 1 the sampler's log-probs tell loss_temperature "match" from "1.0"."""
+    c = config(init_from=str(trained[0]), preset=preset, steps=1, rl__temperature=1.2)
     run.run(c, tmp_path / "run")
     (line,) = metrics.read(tmp_path / "run" / "metrics.jsonl")
     assert line["grad_norm"] > 0 and line["sampler_gap_max"] < 1e-4
@@ -284,7 +294,7 @@ def on_files(folder, **changes):
     paths = {"data__path": str(folder / "data"), "model__path": str(folder / "model")}
     limits = {"data__max_prompt": run.prepare(config()).task.encoder.max_prompt}
     limits["data__max_completion"] = tiny.LONGEST
-    steps = {"sft__steps": 1, "steps": 1}
+    steps = {"base__steps": 0, "data__corrupt": 0.0, "sft__steps": 1, "steps": 1}
     return config(**paths | limits | steps | changes)
 
 
@@ -294,7 +304,6 @@ def copied(files, tmp_path):
 
 def test_jsonl_files_and_a_model_folder_train_both_stages(files, tmp_path):
     c = on_files(files)
-    assert c.base.steps == 0 and c.data.corrupt == 0  # both are for generated questions
     s = run.prepare(c)
     start = jax.device_get(run.initial(s))
     equal(start, hf.load(files / "model", s.task.cfg))
@@ -317,7 +326,7 @@ def test_a_broken_line_is_named_and_costs_no_other_record(files, tmp_path, capsy
     assert re.match(r"left out: .*rl\.jsonl:4: not one JSON object", said)
 
 
-def test_an_unreadable_image_and_a_missing_file_are_named(files, tmp_path):
+def test_an_unreadable_image_and_a_missing_file_are_named(files, tmp_path, capsys):
     folder = copied(files, tmp_path)
     (folder / "data" / "rl.jsonl").rename(tmp_path / "rl.jsonl")
     with pytest.raises(UserError, match=r"no data file at .*rl\.jsonl"):
@@ -325,9 +334,10 @@ def test_an_unreadable_image_and_a_missing_file_are_named(files, tmp_path):
     (tmp_path / "rl.jsonl").rename(folder / "data" / "rl.jsonl")
     picture = folder / "data" / "test_images" / "000002.png"
     picture.write_bytes(picture.read_bytes()[:200])
-    with pytest.raises(UserError, match=r"cannot read the image file .*000002\.png"):
-        run.run(on_files(folder), tmp_path / "run")
     assert not list(tmp_path.glob("run/checkpoints/*/*"))  # before anything is trained
+    assert len(run.prepare(on_files(folder)).task.examples("test")) == 7
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"left out: .*test\.jsonl: .*cannot read the image file .*000002\.png", said)
 
 
 def test_a_tokenizer_of_another_model_and_too_short_limits_are_refused(files, tmp_path):
@@ -340,6 +350,8 @@ def test_a_tokenizer_of_another_model_and_too_short_limits_are_refused(files, tm
         run.prepare(on_files(folder))
     with pytest.raises(UserError, match=r"data\.path needs data\.max_prompt"):
         run.prepare(config(data__path=str(folder / "data"), model__path=str(folder / "model")))
+    with pytest.raises(UserError, match=r"is not of model\.shape=2b, whose learning rates"):
+        run.prepare(on_files(folder, model__shape="2b"))
 
 
 # --- bad settings -----------------------------------------------------------------------------------------
@@ -355,7 +367,19 @@ def test_a_tokenizer_of_another_model_and_too_short_limits_are_refused(files, tm
         ({"behaviour__top_k": -1}, "behaviour.top_k=-1; use 0"),
         ({"behaviour__gate": "never"}, "gate is 'never'; choose one of answered, always"),
         ({"model__path": "hub/name"}, "model.path is set without data.path"),
-        ({"data__path": "folder"}, "data.path is set without model.path"),
+        (
+            {"data__path": "folder", "base__steps": 0, "data__corrupt": 0.0},
+            "data.path is set without model.path",
+        ),
+        ({"data__path": "folder"}, "base.steps and data.corrupt are for generated questions"),
+        ({"sft__batch": 0}, "sft.batch=0; use 1 or more"),
+        ({"base__steps": -1}, "base.steps=-1; use 0 or more"),
+        ({"data__max_pixels": 5}, "data.max_pixels=5; use 3136 or more"),
+        ({"rl__max_grad_norm": -1.0}, "rl.max_grad_norm=-1.0; use 0 for no clipping"),
+        ({"sft__warmup": -3}, "warmup=-3 is negative"),
+        ({"rl__b2": 2.0}, "b2=2.0 can't be; use a number from 0 up, below 1"),
+        ({"rl__weight_decay": -1.0}, "weight_decay=-1.0 can't be"),
+        ({"sft__stop_accuracy": 0.5, "sft__check_every": 0}, "sft.check_every=0: nothing would be"),
         ({"model__shape": "huge"}, "model.shape='huge' is not one of tiny, small, 2b, 7b"),
         ({"data__generator": "digit"}, "no generator 'digit'; choose from"),
         ({"steps": -1}, "steps=-1 and rl.batch=4; steps >= 0"),

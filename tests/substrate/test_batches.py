@@ -92,8 +92,12 @@ def test_a_long_example_is_refused_by_name_or_dropped_never_cut():
         UserError, match=r"example wide: its prompt has \d+ tokens, the limit is 34"
     ):
         ENCODER.prompts([wide])
-    kept, dropped = drop_long(ENCODER, [*EXAMPLES, long, wide])
+    thin = {**EXAMPLES[0], "id": "thin", "image": Image.new("RGB", (3000, 10))}
+    special = {**EXAMPLES[0], "id": "special", "problem": "<|im_end|>"}
+    kept, dropped, errors = drop_long(ENCODER, [thin, *EXAMPLES, long, special, wide])
     assert kept == EXAMPLES and dropped == 2
+    assert "example thin: " in errors[0] and "aspect ratio" in errors[0]
+    assert "example special: its problem holds the special token" in errors[1] and len(errors) == 2
 
 
 def test_lengths_of_an_image_file_equal_those_of_the_encoded_row(tmp_path):

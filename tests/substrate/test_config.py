@@ -205,6 +205,7 @@ def test_fingerprint_ignores_order_and_named_keys_only():
     assert fingerprint(a) == fingerprint({"path": "p", "every": {"a": 2}, "x": 1})
     assert fingerprint(a) != fingerprint({"path": "p", "every": {"a": 3}, "x": 1})
     assert fingerprint(a, ["every.*", "path"]) == fingerprint({"x": 1})
+    assert fingerprint({"x": 1, "later": None}) == fingerprint({"x": 1})
     assert fingerprint({"x": 1}) == "5041bf1f713df204"  # sha256 of {"x":1}: must not change
 
 

@@ -13,7 +13,7 @@ from jaxrepro import stats
 from jaxrepro.config import UserError
 from jaxrepro.data.stepformat import final_answer
 from jaxrepro.methods.stepgrpo import rewards
-from jaxrepro.methods.stepgrpo.task import Task, texts
+from jaxrepro.methods.stepgrpo.task import STAGES, Task, texts
 from jaxrepro.rewards import maths
 from jaxrepro.rollout.generate import Samples
 from jaxrepro.sharding import fetch
@@ -31,13 +31,15 @@ class Held(NamedTuple):
 
 def hold(task: Task, split: str, n: int, size: int) -> Held:
     """The first n examples of a split, encoded once and used at every evaluation."""
+    if split in STAGES:
+        raise UserError(f"split {split!r} is what a stage trains on; use validation or test")
     examples = task.split(split, n)
     if not examples:
         raise UserError(f"split {split!r} has no examples; eval.n is {n}")
     size = min(size, len(examples))
     rows = [examples[i : i + size] for i in range(0, len(examples), size)]
     rows[-1] = rows[-1] + [rows[-1][-1]] * (size - len(rows[-1]))
-    return Held(examples, [task.encoder.prompts(r) for r in rows], size)
+    return Held(examples, [task.exam_encoder.prompts(r) for r in rows], size)
 
 
 def answers(
@@ -73,11 +75,13 @@ def rates(parts: Sequence[Mapping[str, float | None]], prefix: str) -> dict[str,
     return out
 
 
-def benchmark_accuracy(example: Mapping[str, Any], text: str) -> float | None:
+def benchmark_accuracy(
+    example: Mapping[str, Any], text: str, *, yes_no: bool = False
+) -> float | None:
     """Whether the answer that a benchmark reads is right; None where the solution holds no answer."""
     gold = rewards.answer(example["solution"])
     gold = example["solution"].strip() if gold is None else gold
-    ok = maths.correct(benchmark_answer(text), gold)
+    ok = maths.correct(benchmark_answer(text, yes_no=yes_no), gold)
     return None if ok is None else float(ok)
 
 

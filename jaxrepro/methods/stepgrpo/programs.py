@@ -1,5 +1,6 @@
 """The compiled functions of a StepGRPO run: losses, rollouts, examination; and where its arrays lie."""
 
+import importlib.util
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxrepro import sharding
+from jaxrepro.config import UserError
 from jaxrepro.methods.stepgrpo import evaluation, objective, rewards
 from jaxrepro.methods.stepgrpo.task import Task, build
 from jaxrepro.models import qwen2_vl
@@ -32,14 +34,27 @@ class Setting(NamedTuple):
     shardings: Any  # of the parameters
 
 
+def behaviour(config: Any) -> rewards.Behaviour:
+    """Reward behaviour of a config; UserError where its checker needs a package that is missing."""
+    found = rewards.Behaviour.preset(config.preset, **config.behaviour.to_dict())
+    if found.checker == "math_verify" and not importlib.util.find_spec("math_verify"):
+        raise UserError(
+            "behaviour.checker=math_verify needs that package; pip install math-verify, or take rules"
+        )
+    return found
+
+
 def prepare(config: Any) -> Setting:
     """Task, reward behaviour, mesh and where the parameters lie."""
-    behaviour = rewards.Behaviour.preset(config.preset, **config.behaviour.to_dict())
     mesh = sharding.make_mesh(config.mesh)
     task = build(config)
     abstract = qwen2_vl.abstract(task.cfg)
     return Setting(
-        config, task, behaviour, mesh, sharding.shard_tree(qwen2_vl.axes(task.cfg), abstract, mesh)
+        config,
+        task,
+        behaviour(config),
+        mesh,
+        sharding.shard_tree(qwen2_vl.axes(task.cfg), abstract, mesh),
     )
 
 
@@ -161,14 +176,17 @@ def sampler(s: Setting, *, n: int, temperature: float, max_new: int | None = Non
 
 def examiner(s: Setting, held: evaluation.Held) -> Any:
     """`(params, prefix) -> {"rates", "texts", "correct"}`: greedy answers, and validity of T = 1 samples."""
-    greedy, drawn = sampler(s, n=1, temperature=0.0), sampler(s, n=1, temperature=1.0)
+    exam = partial(sampler, s, n=1, max_new=s.task.exam_encoder.max_completion)
+    greedy, drawn = exam(temperature=0.0), exam(temperature=1.0)
 
     def examine(params: Any, prefix: str) -> dict[str, Any]:
         key = jax.random.key(0)  # the same for every arm and moment: a paired comparison
         texts = evaluation.answers(greedy, params, s.task, held, key)
         parts = evaluation.score(held.examples, texts, s.behaviour)
         for part, example, text in zip(parts, held.examples, texts):
-            part["benchmark_accuracy"] = evaluation.benchmark_accuracy(example, text)
+            part["benchmark_accuracy"] = evaluation.benchmark_accuracy(
+                example, text, yes_no=bool(s.config.eval.yes_no)
+            )
         samples = evaluation.answers(drawn, params, s.task, held, key)
         rates = evaluation.rates(parts, prefix)
         sampled = evaluation.rates(
@@ -182,7 +200,7 @@ def examiner(s: Setting, held: evaluation.Held) -> Any:
 def validator(s: Setting) -> Any:
     """`params -> greedy accuracy` on the validation questions, which no claim is measured on."""
     held = evaluation.hold(s.task, "validation", s.config.eval.validation_n, s.config.eval.batch)
-    greedy = sampler(s, n=1, temperature=0.0)
+    greedy = sampler(s, n=1, temperature=0.0, max_new=s.task.exam_encoder.max_completion)
 
     def accuracy(params: Any) -> float:
         completions = evaluation.answers(greedy, params, s.task, held, jax.random.key(0))

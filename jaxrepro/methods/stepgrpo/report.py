@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrepro import stats
-from jaxrepro.files import write_json
+from jaxrepro.files import write_json, write_text
 from jaxrepro.methods.stepgrpo import rewards
 from jaxrepro.train.loop import Run
 
@@ -67,9 +67,16 @@ def write(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
 ) -> None:
-    """samples.md with its pictures, and items.json: the outcome of every test question."""
+    """samples.md with its pictures; of every test question the outcome (items.json) and the answers
+    before and after (answers.jsonl)."""
     items = {"before/test": before["correct"], "after/test": after["correct"]}
     write_json(run.path("items.json"), items)
+    rows = [
+        {"id": e["id"], "problem": e["problem"], "solution": e["solution"], "before": b, "after": a}
+        for e, b, a in zip(examples, before["texts"], after["texts"])
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(run.path("answers.jsonl"), text)
     pairs = list(enumerate(zip(before["correct"], after["correct"])))
     unscorable = [i for i, pair in pairs if None in pair]  # the solution holds no answer
     pairs = [(i, pair) for i, pair in pairs if None not in pair]

@@ -9,6 +9,7 @@
 One run trains one arm; `jaxrepro.reproduce` compares arms from one warm-up (`init_from`).
 """
 
+import importlib.util
 import math
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from jaxrepro.methods.stepgrpo.presets import ARMS
 from jaxrepro.methods.stepgrpo.programs import (
     PARTS,
     Setting,
+    behaviour,
     examiner,
     place,
     policy_log_probs,
@@ -57,6 +59,8 @@ def run(
     check(config)
     s = prepare(config)
     sharding.check_batches(s.mesh, **{f"{n}.batch": config[n].batch for n in ("base", "sft", "rl")})
+    if s.behaviour.checker == "official" and not importlib.util.find_spec("math_verify"):
+        print("math-verify is not installed: the official checker compares texts alone", flush=True)
     with Run(
         config,
         workdir,
@@ -98,6 +102,15 @@ def check(config: Any) -> None:
     ):
         if value not in allowed:
             raise UserError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+    if config.data.path and (config.base.steps or config.data.corrupt):
+        raise UserError(
+            "base.steps and data.corrupt are for generated questions; with data.path add "
+            "--config.base.steps=0 --config.data.corrupt=0"
+        )
+    if config.model.path and not config.data.path:
+        raise UserError(
+            "model.path is set without data.path: generated questions have their own vocabulary"
+        )
     for stage in ("sft", "rl"):
         settings = config[stage]
         if unknown := sorted(set(settings.freeze) - set(PARTS)):
@@ -109,14 +122,32 @@ def check(config: Any) -> None:
                 f"{stage}.micro_batches={settings.micro_batches} does not divide "
                 f"{stage}.batch={settings.batch}; use a divisor"
             )
-    for name in ("n", "batch"):
-        if config.eval[name] < 1:
-            raise UserError(f"eval.{name}={config.eval[name]}; use 1 or more")
+    for group, names, least in (
+        ("eval", ("n", "batch"), 1),
+        ("base", ("batch",), 1),
+        ("sft", ("batch",), 1),
+        ("base", ("steps",), 0),
+        ("sft", ("steps", "check_every"), 0),
+        ("eval", ("every", "validation_n"), 0),
+        ("data", ("min_pixels",), 1),
+        ("data", ("max_pixels",), config.data.min_pixels),
+    ):
+        for name in names:
+            if config[group][name] < least:
+                raise UserError(f"{group}.{name}={config[group][name]}; use {least} or more")
+    if "sft" in sources(config) and config.sft.stop_accuracy > 0 and not config.sft.check_every:
+        raise UserError(
+            f"sft.stop_accuracy={config.sft.stop_accuracy} with sft.check_every=0: nothing would be "
+            "measured; set check_every, or stop_accuracy=0"
+        )
+    behaviour(config)
     if "validation" in sources(config) and config.eval.validation_n < 1:
         raise UserError(
             f"eval.validation_n={config.eval.validation_n}, but sft.stop_accuracy or eval.every wants "
             "a validation accuracy; use 1 or more, or set both to 0"
         )
+    if config.rl.max_grad_norm < 0:
+        raise UserError(f"rl.max_grad_norm={config.rl.max_grad_norm}; use 0 for no clipping")
     for stage in ("base", "sft", "rl"):
         total = config.steps if stage == "rl" else config[stage].steps
         optim.optimizer(config[stage], steps=max(total, 1))  # refuses an unknown schedule
@@ -320,7 +351,11 @@ def sample(
     )
     found = texts(s.task.tokenizer, *sharding.fetch((out.tokens, out.length)))
     if prompt is None:
-        return [f"question: {e['problem']}\n\n{text}" for e, text in zip(examples, found)]
+        right = [rewards.answer(e["solution"]) or e["solution"] for e in examples]
+        return [
+            f"question: {e['problem']} (answer: {a})\n\n{text}"
+            for e, a, text in zip(examples, right, found)
+        ]
     return found
 
 

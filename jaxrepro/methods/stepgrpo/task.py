@@ -6,7 +6,7 @@ folder of JSONL files in R1-VL's schema, with the tokenizer of a Hugging Face mo
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxrepro.config import UserError
@@ -36,6 +36,7 @@ SHAPES = {
         dict(depth=8, embed=384, heads=6, mlp=1536, out=512),
     ),
 }
+RELEASED = {"2b": qwen2_vl_2b, "7b": qwen2_vl_7b}
 # At theta 1e6 the sections leave the column stream frequencies too low to tell four columns apart.
 SMALL_THETA = 100.0
 
@@ -44,8 +45,8 @@ def geometry(config: Any, tokenizer: Tokenizer | None = None) -> Qwen2VLConfig:
     """The model of a config; `tokenizer` gives the vocabulary of the shapes that have no checkpoint."""
     model = config.model
     numerics = dict(dtype=model.dtype, remat=model.remat)
-    if model.shape in ("2b", "7b"):
-        return (qwen2_vl_2b if model.shape == "2b" else qwen2_vl_7b)(**numerics)
+    if model.shape in RELEASED:
+        return RELEASED[model.shape](**numerics)
     if model.shape not in SHAPES:
         raise UserError(f"model.shape={model.shape!r} is not one of {', '.join(SHAPES)}, 2b, 7b")
     text, vision = SHAPES[model.shape]
@@ -96,6 +97,7 @@ class Task:
     cfg: Qwen2VLConfig
     encoder: Encoder
     caption_encoder: Encoder  # shorter rows: the base stage has no reasoning
+    exam_encoder: Encoder  # as `eval.instruction` and `eval.max_completion` say
     examples: Callable[[str], Any]  # stage or split -> a sequence of examples
 
     def batches(self, stage: str, size: int, *, seed: int, solutions: bool) -> Any:
@@ -115,10 +117,6 @@ def build(config: Any) -> Task:
     """The task of a config; reads files only where `model.path` and `data.path` name them."""
     if config.data.path:
         return _from_files(config)
-    if config.model.path:
-        raise UserError(
-            "model.path is set without data.path: generated questions have their own vocabulary"
-        )
     chosen = generator(config.data.generator)
     tokenizer = closed_vocabulary(chosen.pieces)
 
@@ -136,7 +134,7 @@ def build(config: Any) -> Task:
     cfg = geometry(config, tokenizer)
     encoder = _encoder(config, tokenizer, cfg, patches=4 * chosen.visual)
     captions = dataclasses.replace(encoder, max_completion=config.base.max_completion)
-    return Task(tokenizer, cfg, encoder, captions, examples)
+    return Task(tokenizer, cfg, encoder, captions, exam(config, encoder), examples)
 
 
 def _from_files(config: Any) -> Task:
@@ -150,6 +148,11 @@ def _from_files(config: Any) -> Task:
     model = locate.model(config.model.path)
     tokenizer = load_tokenizer(model)
     cfg = hf.read_config(model, dtype=config.model.dtype, remat=config.model.remat)
+    if config.model.shape in RELEASED and cfg != geometry(config):
+        raise UserError(
+            f"model.path={config.model.path} is not of model.shape={config.model.shape}, whose learning "
+            "rates and mesh this size has; choose the size of that model, or set model.shape=tiny"
+        )
     encoder = _encoder(config, tokenizer, cfg, patches=None)
     folder = locate.data(config.data.path)
     loaded: dict[str, list[dict[str, Any]]] = {}
@@ -158,12 +161,15 @@ def _from_files(config: Any) -> Task:
         file = FILES.get(name, f"{name}.jsonl")
         if file not in loaded:
             # Training files may hold hundreds of thousands of images: each is read when its turn comes.
-            found, errors = stepwise.read_jsonl(folder / file, strict=False, images="exists")
+            found, errors = stepwise.read_jsonl(
+                folder / file, strict=False, images="exists", need_key_steps=file == FILES["rl"]
+            )
+            loaded[file], dropped, unfit = batches.drop_long(encoder, found)
+            errors += [f"{folder / file}: {error}" for error in unfit]
             for error in errors[:SHOWN]:
                 print(f"left out: {error}", file=sys.stderr, flush=True)
             if len(errors) > SHOWN:
                 print(f"left out: {len(errors)} records in all", file=sys.stderr, flush=True)
-            loaded[file], dropped = batches.drop_long(encoder, found)
             if dropped:
                 print(f"{file}: dropped {dropped} of {len(found)} examples as too long", flush=True)
             if not loaded[file]:
@@ -172,7 +178,7 @@ def _from_files(config: Any) -> Task:
                 )
         return loaded[file]
 
-    return Task(tokenizer, cfg, encoder, encoder, examples)
+    return Task(tokenizer, cfg, encoder, encoder, exam(config, encoder), examples)
 
 
 def _encoder(config: Any, tokenizer: Tokenizer, cfg: Qwen2VLConfig, patches: int | None) -> Encoder:
@@ -185,8 +191,22 @@ def _encoder(config: Any, tokenizer: Tokenizer, cfg: Qwen2VLConfig, patches: int
         patches=patches,
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
-        ask=fmt.instruction if config.data.instruction else None,
+        ask=_instructed if config.data.instruction else None,
     )
+
+
+def _instructed(example: Mapping[str, Any]) -> str:
+    return fmt.instruction(example["problem"], example.get("choices"))
+
+
+def exam(config: Any, encoder: Encoder) -> Encoder:
+    """The encoder of evaluation: the paper shows the instruction there, and not in training."""
+    changes: dict[str, Any] = {}
+    if config.eval.instruction is not None:
+        changes["ask"] = _instructed if config.eval.instruction else None
+    if config.eval.max_completion is not None:
+        changes["max_completion"] = config.eval.max_completion
+    return dataclasses.replace(encoder, **changes)
 
 
 def texts(tokenizer: Tokenizer, tokens: Any, lengths: Any) -> list[str]:
