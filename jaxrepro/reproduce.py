@@ -35,6 +35,7 @@ from jaxrepro.study import (
     Job,
     Study,
     collect,
+    commit,
     config_hash,
     jobs,
     keep,
@@ -107,7 +108,7 @@ def execute(
                 waiting.remove(ready[0])
                 label, job = ready[0]
                 if outcome(job).summary is not None:
-                    say(f"{label}: finished before, {job.workdir}")
+                    say(f"{label}: finished before at commit {commit(job)}, {job.workdir}")
                 elif job.seed in failed:
                     keep(job, 0.0, "its warm-up failed")
                 else:

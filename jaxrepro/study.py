@@ -205,7 +205,7 @@ def report(study: Study, device: Mapping[str, Any]) -> dict[str, Any]:
         "overrides": list(study.words),
         "config_hash": config_hash(study),
         "claims_hash": study.claimset.fingerprint(),
-        "run_commits": sorted({_commit(job) for job in jobs(study)} - {""}),
+        "run_commits": sorted({commit(job) for job in jobs(study)} - {""}),
         "minutes": sum(n.get("minutes", 0.0) for n in notes),
         "seeds": list(study.seeds),
         "claims": [_claim_record(v) for v in verdicts],
@@ -216,7 +216,7 @@ def report(study: Study, device: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _commit(job: Job) -> str:
+def commit(job: Job) -> str:
     """The commit that the run itself recorded in its config.json."""
     saved = _read(job.workdir / "config.json") or {}
     return str(saved.get("commit") or "")
