@@ -208,10 +208,7 @@ def _from_hf(config: dict[str, Any], overrides: dict[str, Any]) -> Qwen2VLConfig
         # transformers 5 writes the flag at the root, version 4 in either place.
         "tied": any(bool(c.get("tie_word_embeddings")) for c in (config, text)),
     }
-    try:
-        decoder = TransformerConfig.from_hf(config, **(fields | overrides))
-    except KeyError as error:
-        raise UserError(f"config.json lacks {error}") from error
+    decoder = TransformerConfig.from_hf(config, **(fields | overrides))
     eos = text.get("eos_token_id") or 151645
     eos = int(eos[0] if isinstance(eos, (list, tuple)) else eos)
     pad = text.get("pad_token_id")

@@ -1,19 +1,19 @@
-"""A decoder of the Qwen2 and Llama family as a pure function on a plain pytree.
+"""A decoder of the Llama, Mistral, Qwen2 and Qwen3 families as a pure function on a plain pytree.
 
 Sources: Qwen2-VL (arXiv:2409.12191) for the three position streams (M-RoPE), GQA (arXiv:2305.13245),
-RoPE (arXiv:2104.09864), SwiGLU (arXiv:2002.05202). One layer, all projections bias-free but q, k, v:
+RoPE (arXiv:2104.09864), SwiGLU (arXiv:2002.05202), sliding windows (arXiv:2310.06825), norms of
+queries and keys (Qwen3, arXiv:2505.09388). One layer; biases and the norms m where a family has them:
 
-    x = x + Wo attention(rope(Wq n(x) + bq), rope(Wk n(x) + bk), Wv n(x) + bv),    n = RMSNorm
-    x = x + Wd (silu(Wg n(x)) * Wu n(x))
+    x = x + Wo attention(rope(m(Wq n(x) + bq)), rope(m(Wk n(x) + bk)), Wv n(x) + bv) + bo
+    x = x + Wd (silu(Wg n(x)) * Wu n(x)),    n = RMSNorm over d,  m = RMSNorm over a head
 
-A row attends to [prefix] + [own tokens: causal, same segment]. The prefix is the keys and values of
-a prompt that n rows share; one mechanism serves prefill, rollout and training on completions.
-Layers are stacked (a leading axis, `lax.scan`; training) or a tuple (unrolled; decode).
+A row attends to [prefix] + [own tokens: causal, same segment]; in a layer with a window w, to the last
+w of them, itself included. The prefix is the keys and values of a prompt that n rows share; one
+mechanism serves prefill, rollout and training on completions. Layers are stacked (a leading axis,
+`lax.scan`; training) or a tuple (unrolled; decode). A layer may hold adapters (models/lora.py).
 """
 
-import math
-import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrepro.config import UserError
+from jaxrepro.models import lora
+from jaxrepro.models import params as declarations
+from jaxrepro.models.lora import Lora
+from jaxrepro.models.params import Param, fan_in, initialise, shapes, stacked
+from jaxrepro.models.rope import RopeScaling, frequencies
 from jaxrepro.ops.attention import attend, attend_packed, merge
 from jaxrepro.ops.dense import dense, einsum32
 
@@ -38,7 +43,11 @@ REMAT = {
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Shape and numerics of a decoder; `mrope_sections` (in half-channels) turns M-RoPE on."""
+    """Shape and numerics of a decoder; `mrope_sections` (in half-channels) turns M-RoPE on.
+
+    window: tokens that a token sees, itself included, in the layers `window_layers` (None: in all).
+    family: who wrote the model, for its config.json (models/families.py); None: whoever could have.
+    """
 
     vocab: int
     d: int
@@ -56,6 +65,13 @@ class TransformerConfig:
     dtype: str = "float32"
     remat: str = "none"
     embed_std: float = 0.02
+    rope_scaling: RopeScaling | None = None
+    o_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+    window_layers: tuple[int, ...] | None = None
+    family: str | None = None
+    lora: Lora | None = None
 
     def __post_init__(self):
         if self.head_dim % 2:
@@ -71,77 +87,34 @@ class TransformerConfig:
             raise UserError(f"dtype {self.dtype!r} is unknown: one of {', '.join(DTYPES)}")
         if self.remat not in REMAT:
             raise UserError(f"remat {self.remat!r} is unknown: one of {', '.join(REMAT)}")
+        if self.window is not None and self.window < 1:
+            raise UserError(f"window {self.window} leaves nothing to see: at least 1, or None")
+        some = self.window_layers
+        if some is not None and (
+            self.window is None or list(some) != sorted(set(some) & set(range(self.layers)))
+        ):
+            raise UserError(
+                f"window_layers {some} need a window and ascending layers below {self.layers}"
+            )
 
     @classmethod
     def from_hf(cls, config: dict, **overrides) -> "TransformerConfig":
-        """The text part of a Hugging Face config.json of Qwen2, Qwen2-VL, Llama or Mistral."""
-        text = config.get("text_config") or config
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind not in ("default", "mrope"):
-            raise UserError(f"rope type {kind!r} is not supported: default or mrope")
-        if text.get("hidden_act", "silu") != "silu":
-            raise UserError(f"hidden_act {text['hidden_act']!r} is not supported: silu")
-        heads, sections = text["num_attention_heads"], rope.get("mrope_section")
-        family = str(text.get("model_type", config.get("model_type", "")))
-        fields = {
-            "vocab": text["vocab_size"],
-            "d": text["hidden_size"],
-            "layers": text["num_hidden_layers"],
-            "heads": heads,
-            "kv": text.get("num_key_value_heads") or heads,
-            "head_dim": text.get("head_dim") or text["hidden_size"] // heads,
-            "ffn": text["intermediate_size"],
-            "rope_theta": float(rope.get("rope_theta") or text.get("rope_theta") or 1e4),
-            "mrope_sections": tuple(sections) if sections else None,
-            "eps": text["rms_norm_eps"],
-            "qkv_bias": family.startswith("qwen2") or bool(text.get("attention_bias", False)),
-            "tied": config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
-            "max_positions": text.get("max_position_embeddings", 32768),
-        }
-        return cls(**(fields | overrides))
+        """The decoder of a Hugging Face config.json (Llama, Mistral, Qwen2, Qwen3, Qwen2-VL's text).
+
+        Old and new spelling. UserError for an unknown architecture and for what this one cannot run.
+        """
+        from jaxrepro.models import families  # it imports this module
+
+        return cls(**(families.fields(config) | overrides))
+
+    def slides(self, layer: int) -> bool:
+        """Whether a layer has the window."""
+        return self.window is not None and (
+            self.window_layers is None or layer in self.window_layers
+        )
 
 
 # --- parameters ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Param:
-    """The one declaration of a tensor: shape, a logical axis per dimension, initialiser.
-
-    std is that of a normal initialiser; the strings "zeros" and "ones" are constants.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    std: float | str
-
-
-def fan_in(shape: tuple[int, ...], axes: tuple[str, ...], inputs: int = 1) -> Param:
-    """A weight whose first `inputs` dimensions are contracted: std 1 / sqrt(their product)."""
-    return Param(shape, axes, 1 / math.sqrt(math.prod(shape[:inputs])))
-
-
-def stacked(tree: Any, layers: int) -> Any:
-    """The declarations of `layers` equal layers with the leading axis "layers"."""
-    return jax.tree.map(lambda p: Param((layers, *p.shape), ("layers", *p.axes), p.std), tree)
-
-
-def initialise(key: PRNGKeyArray, declared: Any) -> Any:
-    """Draw float32 parameters; a tensor's numbers depend on its path, not on its neighbours."""
-
-    def draw(path, p: Param):
-        if isinstance(p.std, str):
-            return getattr(jnp, p.std)(p.shape, jnp.float32)
-        name = zlib.crc32(jax.tree_util.keystr(path).encode())
-        return jax.random.normal(jax.random.fold_in(key, name), p.shape, jnp.float32) * p.std
-
-    return jax.tree_util.tree_map_with_path(draw, declared)
-
-
-def shapes(declared: Any) -> Any:
-    """The abstract tree (float32 ShapeDtypeStruct) of a tree of declarations."""
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), declared)
 
 
 def declare(cfg: TransformerConfig) -> dict:
@@ -163,6 +136,12 @@ def declare(cfg: TransformerConfig) -> dict:
         layer["bq"] = Param((h, i), ("heads", "head_dim"), "zeros")
         layer["bk"] = Param((k, i), ("kv_heads", "head_dim"), "zeros")
         layer["bv"] = Param((k, i), ("kv_heads", "head_dim"), "zeros")
+    if cfg.o_bias:
+        layer["bo"] = Param((d,), ("norm",), "zeros")
+    if cfg.qk_norm:
+        layer["q_norm"] = layer["k_norm"] = Param((i,), ("head_dim",), "ones")
+    if cfg.lora is not None:
+        layer["lora"] = lora.declare(cfg.lora, layer)
     tree = {
         "embed": Param((cfg.vocab, d), ("vocab", "embed"), cfg.embed_std),
         "layers": stacked(layer, cfg.layers),
@@ -190,7 +169,7 @@ def axes(cfg: TransformerConfig) -> dict:
 
 def count(cfg: TransformerConfig) -> int:
     """Number of parameters."""
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(declare(cfg)))
+    return declarations.count(declare(cfg))
 
 
 def unstack(params: dict) -> dict:
@@ -209,6 +188,31 @@ def stack(params: dict) -> dict:
     if not isinstance(layers, tuple):
         return params
     return params | {"layers": jax.tree.map(lambda *w: jnp.stack(w), *layers)}
+
+
+def resize_vocab(
+    params: dict, cfg: TransformerConfig, n: int, *, key: PRNGKeyArray | None = None
+) -> tuple[dict, TransformerConfig]:
+    """Parameters and config with n rows of the embedding, and columns of an untied head.
+
+    Old rows are kept, rows from n on are cut. New ones are the mean of the old; with `key` they are
+    drawn, each channel from a normal of the old rows' mean and standard deviation.
+    """
+    if n < 1:
+        raise UserError(f"a vocabulary of {n} tokens is empty: at least 1")
+
+    def resize(rows, salt):
+        old = rows.astype(jnp.float32)
+        new = jnp.broadcast_to(old.mean(0), (max(n - cfg.vocab, 0), cfg.d))
+        if key is not None:
+            own = jax.random.fold_in(key, salt)
+            new = new + old.std(0) * jax.random.normal(own, new.shape, jnp.float32)
+        return jnp.concatenate([rows[:n], new.astype(rows.dtype)])
+
+    out = params | {"embed": resize(params["embed"], 0)}
+    if not cfg.tied:
+        out["head"] = resize(params["head"].T, 1).T
+    return out, replace(cfg, vocab=n)
 
 
 # --- forward ---------------------------------------------------------------------------------
@@ -297,8 +301,7 @@ def rope_angles(
     M-RoPE sections [a, b, c, a, b, c] over the half-duplicated channels take stream 0, 1, 2, 0, 1, 2:
     both halves agree, so one half says it all.
     """
-    half = cfg.head_dim // 2
-    frequency = (cfg.rope_theta ** (-np.arange(half) / half)).astype(np.float32)
+    frequency = frequencies(cfg.head_dim // 2, cfg.rope_theta, cfg.rope_scaling)
     if position.ndim == 2:
         where = position[..., None]  # (b, t, 1)
     elif cfg.mrope_sections is None:
@@ -336,7 +339,7 @@ def apply(
     cos, sin = rope_angles(cfg, position)
     start = None
     if cache is None:
-        own = jnp.tril(jnp.ones((t, t), bool))[None, None]
+        own, at = jnp.tril(jnp.ones((t, t), bool))[None, None], jnp.arange(t)
         if segment is not None:
             # padding sees earlier padding: finite numbers that nobody reads
             own = own & (segment[:, None, :, None] == segment[:, None, None, :])
@@ -345,13 +348,24 @@ def apply(
         size, start = cache.kv.v[0].shape[2], cache.length
         if t > size:
             raise UserError(f"{t} tokens do not fit a cache of {size}: make the cache larger")
-        last = start[..., None] + jnp.arange(t)  # (b, t) or (t,)
-        own = (jnp.arange(size) <= last[..., None]).reshape(-1, 1, t, size)
+        at = start[..., None] + jnp.arange(t)  # (b, t) or (t,)
+        own = (jnp.arange(size) <= at[..., None]).reshape(-1, 1, t, size)
     if prefix is not None and b % prefix.mask.shape[0]:
         raise ValueError(f"{b} rows do not split over {prefix.mask.shape[0]} prefixes")
+    masks = Masks(own, None if prefix is None else prefix.mask[:, None, None, :])
+    near, slides = None, None  # where some layers have a window: their masks, and which they are
+    if cfg.window is not None:
+        near = _near(masks, at, cfg.window, b)
+        if cfg.window_layers is None:
+            masks = near
+        else:
+            slides = jnp.asarray([cfg.slides(j) for j in range(cfg.layers)])
 
-    def layer(x, w, shared, old):
-        return _layer(w, cfg, x, cos, sin, own, shared, prefix and prefix.mask, old, start)
+    def layer(x, w, slides, shared, old):
+        see = masks
+        if slides is not None:
+            see = jax.tree.map(lambda a, b: jnp.where(slides, a, b), near, masks)
+        return _layer(w, cfg, x, cos, sin, see, shared, old, start)
 
     if cfg.remat != "none" and cache is None:
         layer = jax.checkpoint(layer, policy=REMAT[cfg.remat])
@@ -361,44 +375,76 @@ def apply(
     if isinstance(layers, tuple):
         out = []
         for j, w in enumerate(layers):
-            at = lambda kv: None if kv is None else type(kv)(kv.k[j], kv.v[j])  # noqa: B023
-            x, kv = layer(x, w, at(shared), at(cache and cache.kv))
+            of = lambda kv: None if kv is None else type(kv)(kv.k[j], kv.v[j])  # noqa: B023
+            window = None if slides is None else slides[j]
+            x, kv = layer(x, w, window, of(shared), of(cache and cache.kv))
             out.append(kv)
         kv = type(out[0])(*map(tuple, zip(*out)))
     else:
         if shared is not None and isinstance(shared.k, tuple):
             shared = type(shared)(jnp.stack(shared.k), jnp.stack(shared.v))
         each = lambda x, ws: layer(x, *ws, None)
-        x, kv = jax.lax.scan(each, x, (layers, shared), unroll=cfg.layers <= SHALLOW)
+        x, kv = jax.lax.scan(each, x, (layers, slides, shared), unroll=cfg.layers <= SHALLOW)
     x = rms_norm(x, params["norm"], cfg.eps)
     if cache is None:
         return x, kv
     return x, Cache(kv, start + (t if segment is None else (segment > 0).sum(-1)))
 
 
-def _layer(w, cfg, x, cos, sin, own, shared, shared_mask, old, start):
+class Masks(NamedTuple):
+    """What queries see of their own row (b or 1, 1, t, s) and of their prefix (p, 1, n t or 1, s)."""
+
+    own: Any
+    prefix: Any
+
+
+def _near(masks, at, window, b):
+    """The masks of a layer with a window: distances count tokens, across prefix and own row."""
+    size, t = masks.own.shape[-1], masks.own.shape[-2]
+    band = at[..., None] - jnp.arange(size) < window  # a segment lies in one piece
+    own = masks.own & band.reshape(-1, 1, t, size)
+    if masks.prefix is None:
+        return Masks(own, None)
+    real = masks.prefix[:, 0]  # (p, 1, s)
+    order = jnp.cumsum(real, -1)  # a key's place in its prompt, from 1
+    mine = jnp.broadcast_to(masks.own.sum(-1), (b, 1, t))  # a query's place in its own row, from 1
+    distance = mine.reshape(len(real), -1, 1) + order[..., -1:] - order
+    return Masks(own, (real & (distance < window))[:, None])
+
+
+def _layer(w, cfg, x, cos, sin, masks, shared, old, start):
     """One decoder layer; returns its output and its keys and values (or the updated cache)."""
+
+    def project(x, name, inputs=1):
+        y = dense(x, w[name], inputs=inputs)
+        if name in w.get("lora", ()):
+            y = y + lora.delta(x, w["lora"][name], cfg.lora, inputs=inputs)
+        return y
+
     y = rms_norm(x, w["attn_norm"], cfg.eps)
-    q, k, v = (dense(y, w[n]) for n in ("wq", "wk", "wv"))
+    q, k, v = (project(y, n) for n in ("wq", "wk", "wv"))
     if cfg.qkv_bias:
         q, k, v = (a + w[n].astype(y.dtype) for a, n in ((q, "bq"), (k, "bk"), (v, "bv")))
+    if cfg.qk_norm:
+        q, k = (rms_norm(a, w[n], cfg.eps) for a, n in ((q, "q_norm"), (k, "k_norm")))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if old is None:
         kv = KV(k, v)
-        o, lse = attend(q, k, v, own)
+        o, lse = attend(q, k, v, masks.own)
     else:
         kv = _write(old, k, v, start)
-        o, lse = attend_packed(q, kv.k, kv.v, own)
+        o, lse = attend_packed(q, kv.k, kv.v, masks.own)
     if shared is not None:
         b, t, h, i = q.shape
-        p = shared_mask.shape[0]  # the rows of one prompt become more queries of one row
+        p = masks.prefix.shape[0]  # the rows of one prompt become more queries of one row
         see = attend_packed if isinstance(shared, Packed) else attend
-        o_p, lse_p = see(q.reshape(p, -1, h, i), *shared, shared_mask[:, None, None, :])
+        o_p, lse_p = see(q.reshape(p, -1, h, i), *shared, masks.prefix)
         o = merge(o_p.reshape(b, t, h, i), lse_p.reshape(b, t, h), o, lse)
-    x = x + dense(o, w["wo"], inputs=2)
+    o = project(o, "wo", inputs=2)
+    x = x + (o + w["bo"].astype(o.dtype) if cfg.o_bias else o)
     y = rms_norm(x, w["mlp_norm"], cfg.eps)
-    gate, up = dense(y, w["gate"]), dense(y, w["up"])
-    x = x + dense(jax.nn.silu(gate) * up, w["down"])
+    gate, up = project(y, "gate"), project(y, "up")
+    x = x + project(jax.nn.silu(gate) * up, "down")
     return x, kv
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from jaxrepro.data import images
-from jaxrepro.models import hf, qwen2_vl, transformer, vision_tower
+from jaxrepro.models import hf, names, qwen2_vl, transformer, vision_tower
 from jaxrepro.ops.logprob import shift, token_log_probs
 from jaxrepro.rollout.generate import FINISH_LENGTH, Prompts, Sampling, generate
 
@@ -302,10 +302,10 @@ def test_gradients_of_the_nll_equal(model, params, cfg, left, right):
 
     ours, grads = jax.jit(jax.value_and_grad(nll))(params)
     np.testing.assert_allclose(ours, theirs.item(), rtol=1e-5)
-    torch_grads = {hf._canonical(n): p.grad.numpy() for n, p in model.named_parameters()}
+    torch_grads = {names.canonical(n): p.grad.numpy() for n, p in model.named_parameters()}
     for line in hf.table(cfg):
         for i, name in enumerate(line.names):
-            mine = np.asarray(hf._pick(grads, line.path, i if line.stacked else None))
+            mine = np.asarray(names.pick(grads, line.path, i if line.stacked else None))
             their = line.to_ours(torch_grads.pop(name))
             assert relative(mine, their) < 1e-3, name
     assert not torch_grads

@@ -250,4 +250,6 @@ def test_what_does_not_fit_is_refused(params, x):
         cache = transformer.new_cache(CFG, 4, 2)
         transformer.apply(params, CFG, x, position=POSITION, cache=cache)
     with pytest.raises(UserError, match="rope type 'yarn'"):
-        TransformerConfig.from_hf(HF | {"rope_scaling": {"rope_type": "yarn"}})
+        TransformerConfig.from_hf(
+            HF | {"model_type": "llama", "rope_scaling": {"rope_type": "yarn"}}
+        )
