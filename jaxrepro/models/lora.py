@@ -148,7 +148,7 @@ def merge(params: dict, cfg: Any) -> tuple[dict, Any]:
         for name, adapter in layer.get("lora", {}).items():
             a, b = (adapter[n].astype(jnp.float32) for n in "ab")
             w = layer[name]
-            stacked = w.ndim - (a.ndim + b.ndim - 2)  # 1 where the layers lie on a leading axis
+            stacked = a.ndim + b.ndim - 2 - w.ndim  # 1 where layers lie on a leading axis, of both
             wide = jnp.einsum(
                 "l...r,lro->l...o" if stacked else "...r,ro->...o",
                 a,
