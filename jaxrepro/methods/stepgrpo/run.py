@@ -359,6 +359,16 @@ def sample(
     return found
 
 
+def export(config: Any, workdir: Any) -> tuple[Any, Any, Any]:
+    """Parameters and config of a trained run, and its tokenizer: the base model's folder, or its own."""
+    s, params = trained(config, workdir)
+    if not config.model.path:
+        return params, s.task.cfg, s.task.tokenizer
+    from jaxrepro.data import locate
+
+    return params, s.task.cfg, locate.model(config.model.path)
+
+
 def plan(config: Any) -> memory.Plan:
     """Shapes of the stage that needs the most memory, for --dry_run; touches no file, network or device."""
     check(config)

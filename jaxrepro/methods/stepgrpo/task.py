@@ -148,6 +148,10 @@ def _from_files(config: Any) -> Task:
     model = locate.model(config.model.path)
     tokenizer = load_tokenizer(model)
     cfg = hf.read_config(model, dtype=config.model.dtype, remat=config.model.remat)
+    if not isinstance(cfg, Qwen2VLConfig):
+        raise UserError(
+            f"model.path={config.model.path} is a decoder ({cfg.family}); give a Qwen2-VL"
+        )
     if config.model.shape in RELEASED and cfg != geometry(config):
         raise UserError(
             f"model.path={config.model.path} is not of model.shape={config.model.shape}, whose learning "
