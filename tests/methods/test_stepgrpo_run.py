@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxrepro import cli
+from jaxrepro import cli, export
 from jaxrepro.config import UserError
 from jaxrepro.data import stepwise
 from jaxrepro.methods.stepgrpo import objective, rewards, run
+from jaxrepro.data.text import load_tokenizer
 from jaxrepro.models import hf, qwen2_vl
 from jaxrepro.rl.advantages import MODES
 from jaxrepro.train import checkpoint, metrics
@@ -270,6 +271,15 @@ def test_every_advantage_mode_compares_within_its_group(mode):
         [None, (1.0, 0.0), (1.0, 0.0), (0.0, 0.0)], config(rl__advantage=mode).rl
     )
     assert np.isfinite(value).all() and not np.asarray(value)[0].any()  # unscorable: left out
+
+
+def test_a_finished_run_exports_its_parameters_and_tokenizer(trained, tmp_path):
+    out = tmp_path / "model"
+    assert cli.guard(export.main, [f"--workdir={trained[0]}", f"--out={out}"]) == 0
+    task = run.prepare(config()).task
+    equal(hf.load(out, hf.read_config(out)), parameters(trained[0], "rl"))
+    assert load_tokenizer(out).encode("\n") == task.tokenizer.encode("\n")
+    assert "| after/test/accuracy |" in (out / "README.md").read_text()
 
 
 # --- files of a user -------------------------------------------------------------------------------------

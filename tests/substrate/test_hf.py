@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrepro import sharding
 from jaxrepro.config import UserError
-from jaxrepro.models import hf, qwen2_vl, transformer
+from jaxrepro.models import hf, qwen2_vl, tensors, transformer
 from jaxrepro.models.qwen2_vl import Qwen2VLConfig
 from jaxrepro.models.transformer import TransformerConfig
 from jaxrepro.models.vision_tower import VisionConfig
@@ -54,6 +54,20 @@ def folder(params, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "model"
     hf.save(folder, params, CFG)
     return folder
+
+
+DECODER = TransformerConfig(
+    vocab=40, d=16, layers=2, heads=2, kv=1, head_dim=6, ffn=24, qk_norm=True, o_bias=True,
+    tied=False, family="qwen3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """Parameters of a plain decoder."""
+    rng = np.random.default_rng(1)
+    draw = lambda x: rng.normal(size=x.shape).astype(np.float32)
+    return jax.tree.map(draw, transformer.abstract(DECODER))
 
 
 def edit(folder, tmp_path, change):
@@ -253,6 +267,157 @@ def test_an_interrupted_export_leaves_nothing(params, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     hf.save(tmp_path / "out", params, CFG)
     equal(hf.load(tmp_path / "out", CFG), params)
+
+
+# --- plain decoders, tokenizers, foreign files ----------------------------------------------------
+
+
+@pytest.mark.parametrize("shard", [10**9, 3_000], ids=["one file", "shards"])
+def test_a_plain_decoder_goes_round_under_the_names_of_its_family(decoder, tmp_path, shard):
+    hf.save(tmp_path / "out", decoder, DECODER, max_shard_bytes=shard)
+    assert hf.read_config(tmp_path / "out") == DECODER
+    assert hf.read_config(tmp_path / "out", dtype="bfloat16").dtype == "bfloat16"
+    equal(hf.load(tmp_path / "out", DECODER), decoder)
+    names = {name for line in hf.table(DECODER) for name in line.names}
+    assert {"lm_head.weight", "model.layers.1.self_attn.q_norm.weight"} <= names
+    assert "model.layers.0.self_attn.o_proj.bias" in names and len(names) == 2 * 15 + 3
+
+
+def test_an_unknown_architecture_lists_the_known_ones(tmp_path):
+    for text, message in (
+        ('{"model_type": "mamba"}', "'mamba' is unknown; the known ones are llama, mistral"),
+        ("[]", "no JSON object"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            hf.read_config(tmp_path)
+
+
+def test_rows_beyond_the_tokenizer_are_kept(decoder, tmp_path):
+    hf.save(tmp_path / "out", decoder, DECODER)
+    wide = dataclasses.replace(DECODER, vocab=64)
+    with pytest.raises(UserError, match=r"embed_tokens.weight is \(40, 16\), expected \(64, 16\)"):
+        hf.load(tmp_path / "out", wide)
+    grown, cfg = transformer.resize_vocab(hf.load(tmp_path / "out", DECODER), DECODER, 64)
+    assert cfg == wide
+    hf.save(tmp_path / "wide", grown, cfg)
+    equal(hf.load(tmp_path / "wide", hf.read_config(tmp_path / "wide")), jax.device_get(grown))
+
+
+def test_devices_that_hold_the_same_slice_read_it_once(decoder, tmp_path, monkeypatch):
+    hf.save(tmp_path / "out", decoder, DECODER)
+    mesh = sharding.make_mesh({"data": 4, "tensor": 2})
+    want = sharding.shard_tree(transformer.axes(DECODER), transformer.abstract(DECODER), mesh)
+    read, real = [], tensors.Stored.map
+    monkeypatch.setattr(tensors.Stored, "map", lambda t: read.append(t.offset) or real(t))
+    equal(hf.load(tmp_path / "out", DECODER, shardings=want), decoder)
+    counts = {offset: read.count(offset) for offset in read}
+    assert max(counts.values()) == 2 and min(counts.values()) == 1  # two halves, or one whole
+
+
+def test_tokenizer_ids_and_files_go_with_the_model(decoder, tmp_path):
+    source = tmp_path / "base"
+    source.mkdir()
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        hf.save(tmp_path / "out", decoder, DECODER, tokenizer=source)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "pytorch_model.bin").write_bytes(b"never copied")
+    (source / "config.json").write_text('{"eos_token_id": 3, "bos_token_id": null}')
+    (source / "generation_config.json").write_text('{"eos_token_id": [3, 4], "pad_token_id": 5}')
+    assert hf.token_ids(source) == {"eos_token_id": [3, 4], "pad_token_id": 5}
+    card = {"README.md": "about it"}
+    hf.save(tmp_path / "out", decoder, DECODER, tokenizer=source, files=card)
+    found = {p.name for p in (tmp_path / "out").iterdir()}
+    config = "config.json", "generation_config.json"
+    assert found == {hf.SINGLE, *config, "tokenizer.json", "README.md"}
+    config, generation = (json.loads((tmp_path / "out" / name).read_text()) for name in config)
+    assert generation == {"eos_token_id": [3, 4], "pad_token_id": 5}
+    assert config["eos_token_id"] == [3, 4] and "pad_token_id" not in config
+    hf.save(tmp_path / "given", decoder, DECODER, ids={"eos_token_id": 7})
+    assert hf.token_ids(tmp_path / "given") == {"eos_token_id": 7}
+
+    class Broken:
+        def save(self, folder):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        hf.save(tmp_path / "broken", decoder, DECODER, tokenizer=Broken())
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "out", "given"}
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_a_pickle_is_refused_wherever_it_stands(name, decoder, tmp_path):
+    (tmp_path / name).write_bytes(b"\x80\x02}q\x00.")
+    with pytest.raises(UserError, match=f"{name} is a pickle, .* never read; take .* safetensors"):
+        hf.load(tmp_path, DECODER)
+    with pytest.raises(UserError, match="is a pickle"):
+        hf.load(tmp_path / name, DECODER)
+    (tmp_path / hf.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(UserError, match="is a pickle"):
+        hf.load(tmp_path, DECODER)
+
+
+@pytest.mark.parametrize("magic", [b"PK\x03\x04" + bytes(20), b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j"])
+def test_a_pickle_under_the_name_of_safetensors_is_named(magic, tmp_path):
+    (tmp_path / hf.SINGLE).write_bytes(magic)
+    with pytest.raises(UserError, match="is a pickle"):
+        hf.load(tmp_path, DECODER)
+
+
+def header(spec, length=None):
+    text = spec if isinstance(spec, bytes) else json.dumps(spec).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header(b"{}", 2**62), "header of 4611686018427387904 bytes in a file of 10"),
+        (header(b"{}" + bytes(30), 20), "not a readable"),
+        (header(b"[" * 100_000), "not a readable"),
+        (
+            header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}),
+            "download complete",
+        ),
+        (header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}), "impossible"),
+        (header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}), "impossible"),
+        (header({"a": {"dtype": "F8_E4M3", "shape": [], "data_offsets": [0, 1]}}), "F8_E4M3"),
+        (header({"a": {"shape": []}}), "not a readable"),
+    ],
+)
+def test_a_damaged_header_is_one_line(content, message, tmp_path):
+    (tmp_path / hf.SINGLE).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        hf.load(tmp_path, DECODER)
+    assert "\n" not in str(error.value)
+
+
+def test_a_header_above_the_limit_of_the_format_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "MAX_HEADER", 10)
+    (tmp_path / hf.SINGLE).write_bytes(header(b"{}" + b" " * 20))
+    with pytest.raises(UserError, match="header of 22 bytes, the format allows 10"):
+        hf.load(tmp_path, DECODER)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([], "has no weight_map"),
+        ({"weight_map": {}}, "has no weight_map"),
+        ({"weight_map": {"a": 3}}, "has no weight_map"),
+        ({"weight_map": {"a": "../secret.safetensors"}}, "which is not in the folder"),
+        ({"weight_map": {"a": "b.safetensors"}}, r"names the shard 'b\.safetensors', which is not"),
+    ],
+)
+def test_a_broken_index_is_one_line(index, message, tmp_path):
+    (tmp_path / hf.INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=message):
+        hf.load(tmp_path, DECODER)
+
+
+def test_a_file_instead_of_a_folder_is_named(folder):
+    with pytest.raises(UserError, match="is a file: give the folder"):
+        hf.load(folder / hf.SINGLE, CFG)
 
 
 def test_the_table_covers_the_released_sizes():
