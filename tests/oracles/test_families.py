@@ -95,7 +95,7 @@ def tokens():
     return np.random.default_rng(0).integers(2, 70, (3, T))
 
 
-@functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=1)
 def logits(params, cfg, tokens):
     x = transformer.embed(params, cfg, tokens)
     at = jnp.broadcast_to(jnp.arange(T), tokens.shape)
