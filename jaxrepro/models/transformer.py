@@ -328,18 +328,22 @@ def apply(
     segment: Int[Array, "b t"] | None = None,
     prefix: Prefix | None = None,
     cache: Cache | None = None,
+    age: Int[Array, "b t s"] | None = None,
 ) -> tuple[Float[Array, "b t d"], KV | Cache]:
     """Hidden states after the final norm, and these tokens' KV or, with `cache`, the cache after them.
 
     segment: tokens see only tokens of their own segment, 0 is padding (on the right); with a cache
     of per-row lengths it only says how many of the t tokens of a row are real.
+    age: how many tokens back of each new token a slot of the cache lies (0 is itself), negative where
+    the token does not see it: for rings and trees. By default slots are in the order of the tokens.
     """
     x = x.astype(cfg.dtype)
     b, t, _ = x.shape
     cos, sin = rope_angles(cfg, position)
     start = None
     if cache is None:
-        own, at = jnp.tril(jnp.ones((t, t), bool))[None, None], jnp.arange(t)
+        age = jnp.arange(t)[:, None] - jnp.arange(t)
+        own = (age >= 0)[None, None]
         if segment is not None:
             # padding sees earlier padding: finite numbers that nobody reads
             own = own & (segment[:, None, :, None] == segment[:, None, None, :])
@@ -348,14 +352,15 @@ def apply(
         size, start = cache.kv.v[0].shape[2], cache.length
         if t > size:
             raise UserError(f"{t} tokens do not fit a cache of {size}: make the cache larger")
-        at = start[..., None] + jnp.arange(t)  # (b, t) or (t,)
-        own = (jnp.arange(size) <= at[..., None]).reshape(-1, 1, t, size)
+        if age is None:  # (b, t, size) or (t, size)
+            age = (start[..., None] + jnp.arange(t))[..., None] - jnp.arange(size)
+        own = (age >= 0).reshape(-1, 1, t, size)
     if prefix is not None and b % prefix.mask.shape[0]:
         raise ValueError(f"{b} rows do not split over {prefix.mask.shape[0]} prefixes")
     masks = Masks(own, None if prefix is None else prefix.mask[:, None, None, :])
     near, slides = None, None  # where some layers have a window: their masks, and which they are
     if cfg.window is not None:
-        near = _near(masks, at, cfg.window, b)
+        near = _near(masks, age, cfg.window, b)
         if cfg.window_layers is None:
             masks = near
         else:
@@ -398,11 +403,10 @@ class Masks(NamedTuple):
     prefix: Any
 
 
-def _near(masks, at, window, b):
+def _near(masks, age, window, b):
     """The masks of a layer with a window: distances count tokens, across prefix and own row."""
-    size, t = masks.own.shape[-1], masks.own.shape[-2]
-    band = at[..., None] - jnp.arange(size) < window  # a segment lies in one piece
-    own = masks.own & band.reshape(-1, 1, t, size)
+    t, size = masks.own.shape[-2:]
+    own = masks.own & (age < window).reshape(-1, 1, t, size)  # a segment lies in one piece
     if masks.prefix is None:
         return Masks(own, None)
     real = masks.prefix[:, 0]  # (p, 1, s)

@@ -1,10 +1,13 @@
 """Drawing tokens from logits without sorting the vocabulary.
 
     z = logits / T;   top-k keeps z_j >= the k-th largest;   top-p keeps j with sum_{p_i > p_j} p_i < P
+    min-p keeps p_j >= m max p  (arXiv:2407.01082);   a seen token has z / r where z > 0, else z r
+    (repetition penalty r, arXiv:1909.05858)
 
 The second is the sorted definition ("the shortest head of the sorted list whose mass reaches P") with
 all ties of its last token kept. Its threshold is found by bisection over the bit patterns of float32,
-which is exact in 30 sweeps; inside a top-k set the sweeps read k numbers.
+which is exact in 30 sweeps; inside a top-k set the sweeps read k numbers. The order is that of Hugging
+Face: top-k, then top-p of what is left, then min-p.
 
 A draw inverts the cumulative distribution, so a row needs one random number per token instead of one
 per entry of the vocabulary, and it depends on nothing but its own key and logits.
@@ -12,9 +15,10 @@ per entry of the vocabulary, and it depends on nothing but its own key and logit
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 BLOCK = 256  # entries of one block of the two-level cumulative sum
+GROUP = 64  # entries of one group of the two-level search for the largest
 ONE = 0x3F800000  # the bits of 1.0f
 
 
@@ -33,13 +37,56 @@ def nucleus_floor(p: Float[Array, "*b v"], top_p: float) -> Float[Array, "*b 1"]
     return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 30, halve, bounds)[1], jnp.float32)
 
 
-def truncate(
-    z: Float[Array, "*b v"], *, top_k: int = 0, top_p: float = 1.0
+def largest(z: Float[Array, "*b v"], k: int) -> tuple[Float[Array, "*b k"], Int[Array, "*b k"]]:
+    """`jax.lax.top_k`, ties included, in about one sweep of a long row.
+
+    The k largest lie in the k groups of consecutive entries whose maxima are largest.
+    """
+    v = z.shape[-1]
+    if k * GROUP * 4 > v:
+        return jax.lax.top_k(z, k)
+    lead = z.shape[:-1]
+    pad = [(0, 0)] * len(lead) + [(0, -v % GROUP)]
+    groups = jnp.pad(z, pad, constant_values=-jnp.inf).reshape(*lead, -1, GROUP)
+    # in ascending order, so that equal entries stay in the order of their indices
+    chosen = jnp.sort(jax.lax.top_k(groups.max(-1), k)[1], axis=-1)
+    some = jnp.take_along_axis(groups, chosen[..., None], axis=-2).reshape(*lead, -1)
+    best, at = jax.lax.top_k(some, k)
+    group = jnp.take_along_axis(chosen, at // GROUP, axis=-1)
+    return best, group * GROUP + at % GROUP
+
+
+def greedy(z: Float[Array, "*b v"]) -> Int[Array, "*b"]:
+    """`jnp.argmax` of rows without NaN as two plain reductions, which CPUs vectorise."""
+    v = z.shape[-1]
+    best = z == z.max(-1, keepdims=True)
+    return jnp.min(jnp.where(best, jnp.arange(v, dtype=jnp.int32), v - 1), axis=-1)
+
+
+def penalise(
+    z: Float[Array, "*b v"], seen: Bool[Array, "*b v"], penalty: float
 ) -> Float[Array, "*b v"]:
-    """Tempered logits with -inf outside the top-k set (0 = all) and then the top-p set of that set."""
+    """Logits in which seen tokens are `penalty` times less likely to repeat; before the temperature."""
+    return jnp.where(seen, jnp.where(z < 0, z * penalty, z / penalty), z)
+
+
+def truncate(
+    z: Float[Array, "*b v"], *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Float[Array, "*b v"]:
+    """Tempered logits with -inf outside the top-k set (0 = all), then its top-p set, then min-p.
+
+    All ties of the last token kept by top-k or top-p are kept.
+    """
+    z = _nucleus(z, top_k, top_p)
+    if min_p > 0:
+        z = jnp.where(jnp.exp(z - z.max(-1, keepdims=True)) >= min_p, z, -jnp.inf)
+    return z
+
+
+def _nucleus(z, top_k, top_p):
     cut_k, cut_p = 0 < top_k < z.shape[-1], top_p < 1.0
     if cut_k:
-        best = jax.lax.top_k(z, top_k)[0]
+        best = largest(z, top_k)[0]
         floor = best[..., -1:]
         if cut_p:
             ties = jnp.sum(z == floor, axis=-1, keepdims=True)

@@ -19,18 +19,20 @@ from jaxrepro.config import UserError
 from jaxrepro.models import transformer
 from jaxrepro.models.scoring import last
 from jaxrepro.models.transformer import Prefix, TransformerConfig
-from jaxrepro.ops.sampling import draw, truncate
+from jaxrepro.ops.sampling import draw, greedy, truncate
 
 FINISH_EOS = 1
 FINISH_LENGTH = 2
+FINISH_STOP = 3  # a stop sequence (rollout/engine.py)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: temperature (0 = greedy), then top_k (0 = off), then top_p (1 = off).
+    """How tokens are drawn: temperature (0 = greedy), then top_k (0 = off), top_p (1 = off), min_p.
 
     max_new bounds the tokens of a sample, its eos included; before min_new tokens no eos is drawn.
     `pad` fills what lies beyond a sample's length; it is never used to find that length.
+    repetition_penalty (1 = off) makes tokens of prompt and completion rarer, before the temperature.
     """
 
     max_new: int
@@ -40,6 +42,8 @@ class Sampling:
     top_p: float = 1.0
     pad: int = 0
     min_new: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self):
         if self.max_new < 1:
@@ -50,6 +54,10 @@ class Sampling:
             raise UserError(f"top_p {self.top_p} must lie in (0, 1] (1 = off)")
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k} must be >= 0 (0 = off)")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p {self.min_p} must lie in [0, 1] (0 = off)")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(f"repetition_penalty {self.repetition_penalty} must be > 0 (1 = off)")
 
 
 class Prompts(NamedTuple):
@@ -99,8 +107,10 @@ def generate(
     """
     if sampling.top_k > cfg.vocab:
         raise UserError(f"top_k {sampling.top_k} is above the vocabulary {cfg.vocab}: lower it")
+    if sampling.repetition_penalty != 1:
+        raise UserError("repetition_penalty needs the prompts' token ids: use the engine, or 1")
     b, rows = prompts.x.shape[0], prompts.x.shape[0] * n
-    params = _for_decode(params, cfg)
+    params = for_decode(params, cfg)
     ids = (request_ids[:, None] * n + jnp.arange(n)).reshape(rows)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
     eos = jnp.zeros(cfg.vocab, bool).at[jnp.asarray(sampling.eos, jnp.int32)].set(True)
@@ -113,7 +123,7 @@ def generate(
         z = raw if allowed is None else jnp.where(allowed, raw, -jnp.inf)
         if sampling.min_new:
             z = jnp.where(eos & (state.step < sampling.min_new), -jnp.inf, z)
-        token, lp, lp_raw = _choose(step_keys, raw, z, sampling)
+        token, lp, lp_raw = choose(step_keys, raw, z, sampling)
         note = (sampling.pad, 0.0, 0.0)
         new = [jnp.where(state.done, e, a) for e, a in zip(note, (token, lp, lp_raw))]
         put = jax.lax.dynamic_update_index_in_dim
@@ -162,19 +172,27 @@ def generate(
     return Samples(tokens, state.length.reshape(b, n), lp, lp_raw, finish.reshape(b, n))
 
 
-def _for_decode(params, cfg):
+def for_decode(params: dict, cfg: TransformerConfig) -> dict:
     """Unstacked layers in the compute dtype, cast once and not at every step."""
     return transformer.unstack(jax.tree.map(lambda w: w.astype(cfg.dtype), params))
 
 
-def _choose(keys, raw, z, sampling):
-    """Token, its log-probability under the sampler, and under softmax(raw), each (rows,)."""
+def choose(keys, raw, z, sampling, forced=None):
+    """Token, its log-probability under the sampler, and under softmax(raw), each (rows,).
+
+    z: raw logits with whatever bias or mask. forced: (token, where) replaces draws that are made
+    already; such a choice is certain, as a greedy one is, so its lp_sampler is 0.
+    """
     pick = lambda a, token: jnp.take_along_axis(a, token[:, None], 1)[:, 0]
     score = lambda a, token: pick(a, token) - jax.nn.logsumexp(a, axis=-1)
+    swap = lambda token: token if forced is None else jnp.where(forced[1], forced[0], token)
     if sampling.temperature == 0:
-        token = jnp.argmax(z, axis=-1).astype(jnp.int32)
+        token = swap(greedy(z))
         lp_raw = score(raw, token)
         return token, jnp.zeros_like(lp_raw), lp_raw
-    cut = truncate(z / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-    token = draw(keys, cut)
-    return token, score(cut, token), score(raw, token)
+    cut = truncate(
+        z / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
+    )
+    token = swap(draw(keys, cut))
+    lp = score(cut, token)
+    return token, lp if forced is None else jnp.where(forced[1], 0.0, lp), score(raw, token)
