@@ -44,7 +44,7 @@ def largest(z: Float[Array, "*b v"], k: int) -> tuple[Float[Array, "*b k"], Int[
     """
     v = z.shape[-1]
     if k * GROUP * 4 > v:
-        return jax.lax.top_k(z, k)
+        return tuple(jax.lax.top_k(z, k))
     lead = z.shape[:-1]
     pad = [(0, 0)] * len(lead) + [(0, -v % GROUP)]
     groups = jnp.pad(z, pad, constant_values=-jnp.inf).reshape(*lead, -1, GROUP)
