@@ -15,7 +15,7 @@ to the rounding of matrix products of other shapes.
 
 from collections import deque
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -38,11 +38,11 @@ SMALLEST = 16  # the smallest bucket of prompt lengths
 TOGETHER = 8  # prompts of one prefill
 
 
-def bucket(n: int, least: int = 1, most: int | None = None) -> int:
-    """The smallest power of two that is at least n and `least`, or `most` where that is smaller."""
+def bucket(n: int, least: int = 1, most: int | None = None, factor: int = 2) -> int:
+    """The smallest least * factor^j that is at least n, or `most` where that is smaller."""
     size = least
     while size < n:
-        size *= 2
+        size *= factor
     return size if most is None else min(size, most)
 
 
@@ -86,7 +86,6 @@ class Engine:
         self.size, self.room = slots, capacity - sampling.max_new
         self._params = None
         self._state: device.Slots | None = None
-        self._programs: dict = {}
         self._impl = ""
         self._queue: deque[tuple[_Group, int]] = deque()
         self._held: list[tuple[_Group, int] | None] = [None] * slots
@@ -100,18 +99,7 @@ class Engine:
 
         The parameters that are given stay as they are. Completions under way go on with the new ones.
         """
-        if self._params is None:
-            at = None
-            if self.mesh is not None:
-                tree = transformer.axes(self.cfg)
-                at = sharding.shard_tree(tree, transformer.abstract(self.cfg), self.mesh, "decode")
-                take = lambda j: jax.tree.map(lambda s: _behind(s), at["layers"])
-                at = at | {"layers": tuple(map(take, range(self.cfg.layers)))}
-            prepare = lambda old, new: for_decode(new, self.cfg)
-            self._prepare = jax.jit(
-                prepare, donate_argnums=0, keep_unused=True, out_shardings=at
-            )
-        self._params = self._prepare(self._params, params)
+        self._params = _prepare_program(self.cfg, self.mesh)(self._params, params)
 
     # --- requests ----------------------------------------------------------------------------
 
@@ -145,7 +133,7 @@ class Engine:
         return self._harvest(sharding.fetch(out))
 
     @property
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, int | float]:
         """Since the start: steps, rounds, prompts and their tokens, and `occupancy`, the share of
         slot-steps that made a token of a sample."""
         slot_steps = self._totals["steps"] * self.size
@@ -197,7 +185,7 @@ class Engine:
             self._state = self._placed(s)
 
     def _placed(self, state: device.Slots) -> device.Slots:
-        """The state on its devices, and the programs for its shape."""
+        """The state on its devices, of which `_at` is the place."""
         at = None
         if self.mesh is not None:
             present = device.Slots(
@@ -213,41 +201,10 @@ class Engine:
         self._at = at
         return jax.device_put(state, at) if at is not None else jax.tree.map(jnp.asarray, state)
 
-    def _kind(self):
-        s = self._state
-        return (
-            s.forced is None or s.forced[0].shape,
-            s.stops is None or s.stops.tokens.shape,
-            s.bias is None,
-            s.seen is None,
-        )
-
-    def _program(self, name, make):
-        key = (name, self._kind())
-        if key not in self._programs:
-            self._programs[key] = make()
-        return self._programs[key]
-
     def _decode(self):
-        def make():
-            f = partial(
-                device.decode,
-                cfg=self.cfg,
-                sampling=self.sampling,
-                rounds=self.rounds,
-                room=self.room,
-                impl=self._impl,
-            )
-            out = None if self._at is None else (self._at, sharding.replicated(self.mesh))
-            return jax.jit(f, donate_argnums=1, out_shardings=out)
-
-        return self._program("decode", make)
-
-    def _insert(self):
-        make = lambda: jax.jit(
-            partial(device.insert, impl=self._impl), donate_argnums=0, out_shardings=self._at
+        return _decode_program(
+            self.cfg, self.sampling, self.rounds, self.room, self._impl, self._at, self.mesh
         )
-        return self._program("insert", make)
 
     # --- filling and emptying slots ----------------------------------------------------------
 
@@ -265,7 +222,8 @@ class Engine:
             batches.setdefault(id(group.fresh[0]), []).append((slot, group, m))
         for some in batches.values():
             fresh = some[0][1].fresh[0]
-            self._state = self._insert()(self._state, fresh, self._rows(some))
+            insert = _insert_program(self._impl, self._at)
+            self._state = insert(self._state, fresh, self._rows(some))
         for _, group, m in taken:
             if m == group.checked.request.n - 1:
                 group.fresh = None  # the last sample has its copy
@@ -306,8 +264,8 @@ class Engine:
         return device.prefill_embedded(self._params, x, position, length, after, cfg=self.cfg)
 
     def _rows(self, some: list) -> device.Rows:
-        """Host arrays of the samples that enter, padded to a power of two."""
-        m = bucket(len(some), 1, self.size)
+        """Host arrays of the samples that enter, padded to a power of four: each is a compilation."""
+        m = bucket(len(some), 1, self.size, factor=4)
         checked = [group.checked for _, group, _ in some]
         fill = lambda values, empty=0: np.asarray(
             [*values, *[empty] * (m - len(some))], np.int32
@@ -377,6 +335,34 @@ class _Group:
     def completion(self) -> Completion:
         columns = [tuple(map(np.concatenate, zip(*parts))) for parts in self.parts]
         return Completion(self.checked.request.id, *zip(*columns), self.finish, self.stop)
+
+
+# Programs outlive engines: one for the next evaluation, or of other slots, finds them compiled.
+
+
+@lru_cache(maxsize=32)
+def _prepare_program(cfg, mesh):
+    at = None
+    if mesh is not None:
+        at = sharding.shard_tree(transformer.axes(cfg), transformer.abstract(cfg), mesh, "decode")
+        one = jax.tree.map(_behind, at["layers"])
+        at = at | {"layers": (one,) * cfg.layers}
+    prepare = lambda old, new: for_decode(new, cfg)
+    return jax.jit(prepare, donate_argnums=0, keep_unused=True, out_shardings=at)
+
+
+@lru_cache(maxsize=32)
+def _insert_program(impl, at):
+    return jax.jit(partial(device.insert, impl=impl), donate_argnums=0, out_shardings=at)
+
+
+@lru_cache(maxsize=32)
+def _decode_program(cfg, sampling, rounds, room, impl, at, mesh):
+    run = partial(
+        device.decode, cfg=cfg, sampling=sampling, rounds=rounds, room=room, impl=impl
+    )
+    out = None if at is None else (at, sharding.replicated(mesh))
+    return jax.jit(run, donate_argnums=1, out_shardings=out)
 
 
 def _names(x) -> bool:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from jaxrepro.ops.sampling import draw, nucleus_floor, truncate
+from jaxrepro.ops.sampling import draw, greedy, largest, nucleus_floor, penalise, truncate
 
 V = 9
 
@@ -85,3 +85,33 @@ def test_a_draw_depends_on_its_own_key_and_logits_only():
     one = jax.jit(draw)
     np.testing.assert_array_equal(one(keys, z)[::-1], one(keys[::-1], z[::-1]))
     np.testing.assert_array_equal(one(keys, z)[:2], one(keys[:2], z[:2]))
+
+
+def test_min_p_keeps_what_is_near_the_most_probable():
+    z = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05], [0.97, 0.01, 0.01, 0.01]]))
+    keep = lambda **how: np.asarray(truncate(z, **how) > -np.inf).tolist()
+    assert keep(min_p=0.25) == [[True, True, True, False], [True, False, False, False]]
+    assert keep(min_p=1.0) == [[True, False, False, False]] * 2
+    # of what top-p left: renormalising changes no ratio
+    assert keep(top_p=0.7, min_p=0.25)[0] == [True, True, False, False]
+
+
+def test_a_repetition_penalty_pulls_seen_tokens_towards_less():
+    z = jnp.asarray([[2.0, -2.0, 3.0, 0.0]])
+    seen = jnp.asarray([[True, True, False, True]])
+    assert penalise(z, seen, 2.0).tolist() == [[1.0, -4.0, 3.0, 0.0]]
+
+
+@pytest.mark.parametrize("v", [5, 1000, 1003])  # plain, and in groups of 64
+def test_the_largest_entries_equal_top_k_with_ties(v):
+    run = jax.jit(largest, static_argnums=1)
+
+    @settings(max_examples=20, deadline=None, derandomize=True)
+    @given(st.integers(0, 2**31 - 1), st.integers(1, 30))
+    def check(seed, kinds):
+        z = np.random.default_rng(seed).integers(0, kinds, (2, v)).astype(np.float32)
+        for a, b in zip(run(z, 3), jax.lax.top_k(z, 3)):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(greedy(jnp.asarray(z)), z.argmax(-1))
+
+    check()
