@@ -14,6 +14,7 @@ import pkgutil
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from absl import flags
 
-from jaxrepro import __version__
+from jaxrepro import __version__, distributed
 from jaxrepro import config as configuration
 from jaxrepro.config import UserError
 
@@ -36,7 +37,21 @@ _DISK |= {getattr(errno, "EDQUOT", errno.ENOSPC): "the disk quota is used up"}
 
 def main(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command on its words (without the program's name) and exits with its code."""
-    sys.exit(guard(command, list(sys.argv[1:] if argv is None else argv)))
+    try:
+        code = guard(command, list(sys.argv[1:] if argv is None else argv))
+    except Exception:
+        if not _joined():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and _joined():  # the other processes may be waiting for this one
+        distributed.leave(code)
+    sys.exit(code)
+
+
+def _joined() -> bool:
+    """Whether this process belongs to a run of several; loads nothing."""
+    return "jax" in sys.modules and distributed.several()
 
 
 def guard(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
@@ -155,6 +170,48 @@ def setup_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain's workers ask
+
+
+def distributed_flags(parser: flags.FlagValues) -> None:
+    """Defines the flags of a command that may run in several processes; `join` reads them."""
+    text = {"flag_values": parser}
+    flags.DEFINE_enum(
+        "distributed",
+        "auto",
+        ["auto", "off", "on"],
+        "several processes: auto (when a cluster or --coordinator says so), off, on",
+        **text,
+    )
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", **text)
+    flags.DEFINE_integer("process_count", None, "number of processes", lower_bound=1, **text)
+    flags.DEFINE_integer(
+        "process_id", None, "number of this process, from 0", lower_bound=0, **text
+    )
+    flags.DEFINE_float(
+        "join_timeout",
+        distributed.TIMEOUT,
+        "seconds that processes wait for each other at the start",
+        lower_bound=1.0,
+        **text,
+    )
+
+
+def join(parser: flags.FlagValues) -> None:
+    """Joins the other processes of the job, if there are any, and prints what it found."""
+    names = ("distributed", "coordinator", "process_count", "process_id")
+    note = distributed.join(
+        *(parser[name].value for name in names), timeout=parser["join_timeout"].value
+    )
+    if note:
+        print(note, flush=True)
+
+
+def say(text: str) -> None:
+    """Prints once in a run of several processes."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def fit_mesh(config: ConfigDict) -> None:

@@ -20,6 +20,7 @@ def main(argv: Sequence[str]) -> None:
     flags.DEFINE_integer(
         "n", None, "number of examples; default: the run's eval.n", lower_bound=1, **text
     )
+    cli.distributed_flags(parser)
     cli.parse_flags(parser, argv, __doc__)
     workdir = parser["workdir"].value
     config = cli.trained(workdir)
@@ -27,9 +28,10 @@ def main(argv: Sequence[str]) -> None:
     if not hasattr(method, "evaluate"):
         raise UserError(f"{config.method} has no evaluation")
     cli.setup_jax()
+    cli.join(parser)
     cli.fit_mesh(config)
     metrics = method.evaluate(config, workdir, split=parser["split"].value, n=parser["n"].value)
-    print(table(metrics))
+    cli.say(table(metrics))
 
 
 def table(metrics: Mapping[str, float]) -> str:

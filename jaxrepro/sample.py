@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
         **text,
     )
     flags.DEFINE_integer("seed", 0, "the same seed gives the same answers", **text)
+    cli.distributed_flags(parser)
     cli.parse_flags(parser, argv, __doc__)
     workdir = parser["workdir"].value
     config = cli.trained(workdir)
@@ -36,10 +37,11 @@ def main(argv: Sequence[str]) -> None:
     if not hasattr(method, "sample"):
         raise UserError(f"{config.method} produces no samples; use jaxrepro.evaluate")
     cli.setup_jax()
+    cli.join(parser)
     cli.fit_mesh(config)
     names = ("prompt", "image", "n", "temperature", "seed")
     answers = method.sample(config, workdir, **{name: parser[name].value for name in names})
-    print("\n\n".join(answers))
+    cli.say("\n\n".join(answers))
 
 
 def check_image(path: str | None) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -277,17 +278,42 @@ def batch_sharding(mesh, batch=None):
 
 
 def place(tree, shardings):
-    """Put host or device arrays where `shardings` (a tree or one sharding) says."""
-    return jax.device_put(tree, shardings)
+    """Put host or device arrays where `shardings` (one, or a tree that begins as `tree` does) says.
+
+    In a run of several processes each has the whole host arrays, equal everywhere, and puts down the
+    parts of its own devices; nothing travels.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(
+        lambda sharding, part: jax.tree.map(lambda x: _place_parts(x, sharding), part),
+        shardings,
+        tree,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def _place_parts(x, sharding):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=sharding)(x)
+    if jax.dtypes.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key):
+        return jax.device_put(x, sharding)
+    host = np.asarray(x)
+    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def fetch(tree):
     """Host copies of whole arrays; in a run of several processes every one of them must call."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental.multihost_utils import process_allgather
 
-        return multihost_utils.process_allgather(tree, tiled=True)
-    return jax.device_get(tree)
+    def one(x):
+        whole = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+        return np.asarray(x) if whole else process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)
 
 
 def constrain(x, *axes: str | None, mode: str = "train"):

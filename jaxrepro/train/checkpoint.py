@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrepro import distributed
 from jaxrepro.config import UserError
 from jaxrepro.files import read_json, write_json, writing
-from jaxrepro.sharding import path_of
+from jaxrepro.sharding import make_mesh, path_of, replicated
 from jaxrepro.train.state import State
 
 FORMAT = 1
@@ -123,7 +124,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
         self.wait()
-        return self._manager.latest_step()
+        step = distributed.first(self._manager.latest_step)
+        if step is not None and step not in self._manager.all_steps():
+            self._manager.reload()  # another machine wrote it
+        return step
 
     def meta(self, step: int) -> dict[str, Any]:
         """What a checkpoint says of itself."""
@@ -148,8 +152,8 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             return False
-        marked = self._mark.exists() and read_json(self._mark)["step"] == step
-        return marked or bool(self.meta(step)["done"])
+        marked = lambda: self._mark.exists() and read_json(self._mark)["step"] == step
+        return distributed.first(marked) or bool(self.meta(step)["done"])
 
     def save(self, step: int, state: State, *, n: int | None = None, done=False, best=None) -> None:
         """Start to save `state`; the arrays may be donated as soon as this returns.
@@ -220,9 +224,14 @@ class Checkpoints:
 
 
 def on_device(tree, shardings=None):
-    """Shapes of a tree, each with its sharding (default: all on the first device)."""
+    """Shapes of a tree, each with its sharding.
+
+    Default: all on the first device; in a run of several processes, whole on every device.
+    """
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        if jax.process_count() > 1:
+            here = replicated(make_mesh((-1, 1, 1, 1)))
         shardings = jax.tree.map(lambda _: here, tree)
     shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     return jax.tree.map(shape, tree, shardings)

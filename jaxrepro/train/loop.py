@@ -12,11 +12,14 @@
 
 Order of a start: resume (the stage's latest checkpoint) -> init_from -> scratch.
 A workdir holds config.json, metrics.jsonl, tensorboard/, checkpoints/, curves.png, summary.json.
-SIGTERM: the step in progress ends, its state is saved, the process exits with code 143 (128 + 15);
-in a run of several processes jax announces the preemption and all save the same step.
-Only process 0 writes files, checkpoints apart.
+SIGTERM: the step in progress ends, its state is saved, the process exits with code 143 (128 + 15).
+
+In a run of several processes each of them makes the same calls. Process 0 alone looks at the workdir
+and writes its files, checkpoints apart, and tells the others what it found; a SIGTERM to any of them
+lets all save the same step.
 """
 
+import contextlib
 import datetime
 import json
 import math
@@ -25,6 +28,8 @@ import shutil
 import signal
 import sys
 import threading
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,8 +37,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrepro import distributed
 from jaxrepro.config import UserError
 from jaxrepro.files import commit, read_json, write_json, writing
+from jaxrepro.sharding import place
 from jaxrepro.train import curves
 from jaxrepro.train import metrics as report
 from jaxrepro.train.checkpoint import BEST, FOLDER, Checkpoints, load, on_device, stages_in
@@ -43,6 +50,7 @@ from jaxrepro.train.step import NONFINITE
 
 FORMAT = 1
 TERMINATED = 143  # exit code after SIGTERM
+SHARED = 10.0  # seconds until a network disk shows what another machine wrote
 RESUME = ("auto", "never", "must")
 OURS = (FOLDER, "once", report.FILE, report.EVENTS, curves.FILE, "summary.json")
 OURS += ("samples.md", "samples", "items.json", "answers.jsonl")
@@ -90,31 +98,26 @@ class Run:
         self._tensorboard = bool(log.get("tensorboard", True))
         self._curves = bool(log.get("curves", True))
         self._wandb = log.get("wandb", None)
-        self._profile = Profile(profile, self.workdir / "profile")
         self._writer = jax.process_index() == 0
+        one = "" if self._writer else f"process{jax.process_index()}"
+        self._profile = Profile(profile, self.workdir / "profile" / one)
         self._lock = self._metrics = self._saves = self._best = self._progress = None
         self._best_value = self._pending = self._previous = None
         self._total, self._over, self._looping, self._stop = None, False, False, False
+        self._asked = {"steps": 0, "again": 1, "time": time.monotonic()}
         self._begun: set[str] = set()  # the stages that this process has restored
 
     # --- start and end -------------------------------------------------------------------------
 
     def __enter__(self):
         try:
-            with writing(self.workdir):
-                self.workdir.mkdir(parents=True, exist_ok=True)
-            if self._writer:
-                self._take_lock()
             self._open()
-            if jax.process_count() > 1:  # nobody reads before process 0 has wiped and written
-                from jax.experimental import multihost_utils
-
-                multihost_utils.sync_global_devices("jaxrepro.train.loop.Run")
         except BaseException:
             self._release()
             raise
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._previous = signal.signal(signal.SIGTERM, self._terminate)
+        if threading.current_thread() is threading.main_thread():
+            # In a run of several processes this takes the signal from jax, too: see _told_to_stop.
+            self._previous = signal.signal(signal.SIGTERM, self._terminate) or signal.SIG_DFL
         return self
 
     def __exit__(self, kind, error, trace):
@@ -165,36 +168,57 @@ class Run:
             self._lock = None
 
     def _open(self) -> None:
+        found = distributed.first(self._claim)
+        distributed.together(lambda: self._sees(found["seal"]))
+        if found["results"] is not None:
+            self.finished, self.results = True, found["results"]
+            self.say(f"{self.workdir} is finished:")
+            for name, value in self.results.items():
+                self.say(f"  {name} = {value:.6g}")
+        elif self._writer:
+            self._metrics = report.Metrics(
+                self.workdir, tensorboard=self._tensorboard, wandb=self._wandb
+            )
+
+    def _claim(self) -> dict[str, Any]:
+        """Process 0 takes the workdir: its results where the run is finished, and what to see there."""
+        with writing(self.workdir):
+            self.workdir.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
         plain = getattr(self.config, "to_dict", lambda: self.config)()
         plain = json.loads(json.dumps(plain, default=str))
         path, summary = self.workdir / "config.json", self.workdir / "summary.json"
-        changed: list[str] = []
-        if path.exists():
-            changed = self._compare(path, plain)
-        if self._resume == "never" and self._writer:
+        changed = self._compare(path, plain) if path.exists() else []
+        if self._resume == "never":
             self._wipe()
         if self._resume == "must" and not summary.exists() and not stages_in(self.workdir):
             raise UserError(
                 f"resume=must, but {self.workdir} has no checkpoint; use --resume=auto to start"
             )
-        finished = self._resume != "never" and summary.exists() and not any(map(_again, changed))
-        if finished:
-            self.finished, self.results = True, read_json(summary)
-            if self._writer:
-                print(f"{self.workdir} is finished:")
-                for name, value in self.results.items():
-                    print(f"  {name} = {value:.6g}")
-            return
-        if self._writer:
+        finished = summary.exists() and not any(map(_again, changed))
+        results = read_json(summary) if finished else None
+        if not finished:
             summary.unlink(missing_ok=True)
             record = {"format": FORMAT, "config": plain, "command": sys.argv, "commit": commit()}
             record["jax"] = jax.__version__
             record["started"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
             with writing(path):
                 write_json(path, record)
-            self._metrics = report.Metrics(
-                self.workdir, tensorboard=self._tensorboard, wandb=self._wandb
-            )
+        return {"results": results, "seal": zlib.crc32(path.read_bytes())}
+
+    def _sees(self, seal: int) -> None:
+        """Whether the workdir of this process is that of process 0."""
+        path, deadline = self.workdir / "config.json", time.monotonic() + SHARED
+        while True:
+            with contextlib.suppress(OSError):
+                if zlib.crc32(path.read_bytes()) == seal:
+                    return
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{self.workdir} on {os.uname().nodename} is not the folder that process 0 "
+                    "writes; give a --workdir on a disk that all machines share"
+                )
+            time.sleep(0.2)
 
     def _compare(self, path: Path, plain: dict) -> list[str]:
         """Keys that differ from the workdir's config; UserError where one of them must not."""
@@ -262,11 +286,11 @@ class Run:
             self._metrics.rewind(stage, step)
         if step is not None:
             self._over = self._saves.done()
-            self._say(f"{stage}: resuming at step {step}")
+            self.say(f"{stage}: resuming at step {step}")
             return self._saves.restore(target, step)
-        state = jax.jit(init, out_shardings=places)() if jit else jax.device_put(init(), places)
+        state = jax.jit(init, out_shardings=places)() if jit else place(init(), places)
         if init_from:
-            self._say(f"{stage}: starting from {init_from}")
+            self.say(f"{stage}: starting from {init_from}")
             params = load(init_from, target.params, stage=init_stage, shardings=places.params)
             state = state.replace(params=params)
         return state
@@ -280,7 +304,8 @@ class Run:
         start, self._total = int(state.step), int(total)
         if self._over or start >= self._total:
             return
-        if start and (built := [s for s in stages_in(self.workdir) if s not in self._begun]):
+        stages = distributed.first(lambda: stages_in(self.workdir)) if start else []
+        if built := [s for s in stages if s not in self._begun]:
             raise UserError(
                 f"stage {self.stage} ended at step {start} and {built[0]} went on from there; "
                 f"{self.stage}.steps={total} would change what it started from. Keep {start}, or "
@@ -296,7 +321,7 @@ class Run:
                 if self._progress is not None:
                     self._progress.step(i + 1)
             self._flush()
-            if self._stop:  # it came after the last save
+            if self._stop and jax.process_count() == 1:  # it came after the last save
                 self._saves.wait()
                 raise SystemExit(TERMINATED)
         finally:
@@ -314,12 +339,7 @@ class Run:
         final: end the stage early; it is not repeated on resume. best: a score, higher is better;
         the best state so far is kept besides as stage "<stage>-best".
         """
-        stop = self._stop
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            stop = multihost_utils.reached_preemption_sync_point(i + 1)
-        done = i + 1
+        stop, done = self._told_to_stop(), i + 1
         due = bool(self._every) and done % self._every == 0
         if best is not None:
             self._keep_best(done, state, float(best))
@@ -330,7 +350,7 @@ class Run:
             self._over = True
         if stop:
             self._saves.wait()
-            self._say(f"{self.stage}: SIGTERM; saved step {done}")
+            self.say(f"{self.stage}: SIGTERM; saved step {done}")
             raise SystemExit(TERMINATED)
 
     def _keep_best(self, done: int, state: State, value: float) -> None:
@@ -353,9 +373,28 @@ class Run:
                 best.close()
 
     def _terminate(self, *_) -> None:
-        if not self._looping or self._stop:  # nothing to save, or asked twice
+        alone = jax.process_count() == 1
+        # The others would wait for one that leaves outside the loop: they agree at the next save.
+        if self._stop or (alone and not self._looping):  # asked twice, or nothing to save
             raise SystemExit(TERMINATED)
         self._stop = True
+
+    def _told_to_stop(self) -> bool:
+        """Whether any process got SIGTERM: the same answer everywhere, asked about once a second.
+
+        jax's own agreement (`reached_preemption_sync_point`) counts on being asked with ever higher
+        numbers; stages begin again at 1, and orbax asks it in the background with older steps.
+        """
+        if jax.process_count() == 1:
+            return self._stop
+        self._asked["steps"] += 1
+        if self._asked["steps"] < self._asked["again"]:
+            return False
+        seconds = time.monotonic() - self._asked["time"]
+        votes = distributed.gather([self._stop, self._asked["steps"] / max(seconds, 1e-3)])
+        again = max(int(votes[0][1]), 1)  # steps a second, as process 0 counts them
+        self._asked = {"steps": 0, "again": again, "time": time.monotonic()}
+        return any(stop for stop, _ in votes)
 
     # --- numbers and files ---------------------------------------------------------------------
 
@@ -394,7 +433,8 @@ class Run:
         if self._metrics is not None and (step % self._log_every == 0 or step in (0, self._total)):
             self._metrics.write(stage, step, numbers)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print a line, once in a run of several processes."""
         if self._writer:
             print(text, flush=True)
 
@@ -413,15 +453,20 @@ class Run:
         """
         path = self.workdir / "once" / f"{name}.json"
         of = json.loads(json.dumps(of))
-        if path.exists():
-            kept = read_json(path)
-            if kept["of"] == of:
-                return kept["value"]
-        value = json.loads(json.dumps(function()))
-        if self._writer:
+
+        def kept() -> dict[str, Any] | None:
+            found = read_json(path) if path.exists() else None
+            return found if found is not None and found["of"] == of else None
+
+        def keep() -> Any:
             with writing(path):
                 write_json(path, {"of": of, "value": value})
-        return value
+            return value
+
+        if (found := distributed.first(kept)) is not None:
+            return found["value"]
+        value = json.loads(json.dumps(function()))
+        return distributed.first(keep)
 
     def summary(self, values: dict[str, Any]) -> dict[str, float]:
         """Write summary.json: the run is finished. Keys `<split>/<metric>`; returns plain floats."""
@@ -432,9 +477,12 @@ class Run:
                 raise UserError(f"summary: {name} is {value}; a result must be a finite number")
         if self._saves is not None:
             self._saves.wait()
-        if self._writer:
+
+        def write() -> dict[str, float]:
             path = self.workdir / "summary.json"
             with writing(path):
                 write_json(path, numbers)
-        self.results = numbers
-        return numbers
+            return numbers
+
+        self.results = distributed.first(write)
+        return self.results

@@ -10,7 +10,7 @@ import jaxrepro
 PACKAGE = Path(jaxrepro.__file__).parent
 LAYERS = [
     {"config"},
-    {"sharding", "stats", "files"},
+    {"sharding", "stats", "files", "distributed"},
     {"ops"},
     {"models"},
     {"rollout", "rl", "rewards", "data", "envs"},

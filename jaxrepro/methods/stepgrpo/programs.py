@@ -132,7 +132,7 @@ def training(cfg: Qwen2VLConfig, settings: Any, total: int) -> tuple[optim.Sched
 
 def place(s: Setting, arrays: Any) -> Any:
     """A host batch on the mesh: rows over (data, fsdp)."""
-    return jax.device_put(arrays, sharding.batch_sharding(s.mesh, arrays))
+    return sharding.place(arrays, sharding.batch_sharding(s.mesh, arrays))
 
 
 def rollout_temperature(s: Setting) -> float:

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxrepro import sharding
 from jaxrepro.config import UserError
+from jaxrepro.distributed import first
 from jaxrepro.methods.stepgrpo import evaluation, objective, report, rewards
 from jaxrepro.methods.stepgrpo.presets import ARMS
 from jaxrepro.methods.stepgrpo.programs import (
@@ -77,18 +78,18 @@ def run(
         examine = examiner(s, held)
         asked = [config.eval.n, config.data.path]
         before = run.once("before", lambda: examine(params, "before/test/"), of=asked)
-        print(f"after warm-up: {report.line(before['rates'], 'before/test/')}", flush=True)
+        run.say(f"after warm-up: {report.line(before['rates'], 'before/test/')}")
         if not config.steps:
             return run.summary(before["rates"])
         params = (continue_sft if config.arm == CONTROL else reinforce)(run, s, params)
         after = examine(params, "after/test/")
-        report.write(run, held.examples, before, after)
-        results = before["rates"] | after["rates"] | report.first_updates(run.workdir, FIRST)
+        first(lambda: report.write(run, held.examples, before, after))
+        results = before["rates"] | after["rates"]
+        results |= first(lambda: report.first_updates(run.workdir, FIRST))
         results |= report.gains(before, after)
         run.summary(results)
-        print(
-            f"after {config.arm}: {report.line(results, 'after/test/')}; gain {report.gain(results)}",
-            flush=True,
+        run.say(
+            f"after {config.arm}: {report.line(results, 'after/test/')}; gain {report.gain(results)}"
         )
         return run.results
 
@@ -250,7 +251,7 @@ def supervise(
             break
     else:
         if stop_at > 0 and int(state.step) == total:
-            print(f"{stage}: {total} steps without a validation accuracy of {stop_at}", flush=True)
+            run.say(f"{stage}: {total} steps without a validation accuracy of {stop_at}")
     return state.params
 
 
