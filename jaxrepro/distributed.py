@@ -36,6 +36,7 @@ GOODBYE = 5.0  # seconds that a failing process waits for the others to fail as 
 _PORTS = 61440, 4096  # first, count: of ports that are made from a job's number
 _GREETING = "jaxrepro roll call 1"
 _LINE = 4096  # bytes of the longest line of a roll call
+_SHORT = 1020  # bytes that `gather` sends at the first go
 _METADATA = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
 
 
@@ -59,12 +60,13 @@ class Job:
 # --- who we are ------------------------------------------------------------------------------------
 
 
-def detect(env: Mapping[str, str] = os.environ, coordinator: str | None = None) -> Job | None:
+def detect(env: Mapping[str, str] | None = None, coordinator: str | None = None) -> Job | None:
     """The job of several processes that the environment describes, or None.
 
-    coordinator: HOST:PORT that wins over the scheduler's. UserError where the variables of a
+    env: default os.environ. coordinator: HOST:PORT that wins over the scheduler's. UserError where the variables of a
     scheduler contradict each other or some are missing: running alone would be N runs in one folder.
     """
+    env = os.environ if env is None else env
     for found in (_open_mpi, _slurm, _pmi, _xpk, _tpu, _kubernetes):
         job = found(env, coordinator)
         if job is not None:
@@ -161,10 +163,10 @@ def _slurm(env: Mapping[str, str], coordinator: str | None) -> Job | None:
 
 def _first_node(nodes: str) -> str:
     """node007 of "node[007-009,12],other3"."""
-    head = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?([^,\[\]]*)", nodes)
+    head = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?([^,\[\]]*)", nodes)
     if head is None:
         raise UserError(f"SLURM_STEP_NODELIST={nodes} names no machine; pass --coordinator")
-    return head[1] + (head[2] or "")
+    return head[1] + (head[2] or "") + head[3]
 
 
 def _tasks_here(env: Mapping[str, str], count: int) -> int | None:
@@ -260,8 +262,9 @@ def _kubernetes(env: Mapping[str, str], coordinator: str | None) -> Job | None:
 # --- devices of each process -------------------------------------------------------------------------
 
 
-def gpus(env: Mapping[str, str] = os.environ) -> int:
+def gpus(env: Mapping[str, str] | None = None) -> int:
     """GPUs that this process sees, before jax does; 0 where there are none."""
+    env = os.environ if env is None else env
     if env.get("JAX_PLATFORMS", "").split(",")[0] in ("cpu", "tpu"):
         return 0
     if (visible := env.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -296,7 +299,7 @@ def join(
     process_count: int | None = None,
     process_id: int | None = None,
     *,
-    timeout: float = TIMEOUT,
+    timeout: float | int = TIMEOUT,
 ) -> str | None:
     """Joins the other processes where there are any; a line that says what was found, or None.
 
@@ -358,7 +361,7 @@ def _split(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _initialize(job: Job, timeout: float) -> None:
+def _initialize(job: Job, timeout: float | int) -> None:
     import jax
 
     more: dict[str, Any] = {"initialization_timeout": max(int(timeout), 1)}
@@ -377,7 +380,7 @@ def _initialize(job: Job, timeout: float) -> None:
         ) from e
 
 
-def roll_call(job: Job, timeout: float = TIMEOUT) -> None:
+def roll_call(job: Job, timeout: float | int = TIMEOUT) -> None:
     """Returns when all processes of the job are there, each once; else a UserError in each of them."""
     host, port = _split(job.coordinator)
     deadline = time.monotonic() + timeout
@@ -548,13 +551,18 @@ def gather(value: Any) -> list[Any]:
         return [value]
     from jax.experimental.multihost_utils import process_allgather
 
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = np.ravel(process_allgather(np.int32(len(data))))
-    # Powers of two, so that few programs are compiled.
-    row = np.zeros(2 ** max(math.ceil(math.log2(sizes.max())), 8), np.uint8)
-    row[: len(data)] = data
-    rows = process_allgather(row)
-    return [json.loads(bytes(r[:n]).decode()) for r, n in zip(rows, sizes)]
+    data = json.dumps(value).encode()
+    size, rows = _SHORT, []
+    while not rows:  # one program for what is short, and few for the rest
+        row = np.zeros(size + 4, np.uint8)
+        row[:4] = np.frombuffer(len(data).to_bytes(4, "big"), np.uint8)
+        row[4 : 4 + min(len(data), size)] = np.frombuffer(data, np.uint8)[:size]
+        found = [bytes(r) for r in process_allgather(row)]
+        lengths = [int.from_bytes(r[:4], "big") for r in found]
+        if max(lengths) <= size:
+            rows = [json.loads(r[4 : 4 + n]) for r, n in zip(found, lengths)]
+        size = 2 ** math.ceil(math.log2(max(*lengths, 2)))
+    return rows
 
 
 def first(function: Callable[[], Any]) -> Any:

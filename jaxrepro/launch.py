@@ -13,6 +13,7 @@ from jaxrepro import cli
 from jaxrepro import config as configuration
 from jaxrepro.config import UserError
 
+
 def _flags() -> flags.FlagValues:
     parser = flags.FlagValues()
     text = {"flag_values": parser}

@@ -307,13 +307,18 @@ def fetch(tree):
     """Host copies of whole arrays; in a run of several processes every one of them must call."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    from jax.experimental.multihost_utils import process_allgather
+    leaves, structure = jax.tree.flatten(tree)
+    parts = [i for i, x in enumerate(leaves) if not _whole(x)]
+    at = [leaves[i].sharding.update(spec=P()) for i in parts]
+    gathered = jax.jit(lambda x: x, out_shardings=at)([leaves[i] for i in parts])
+    for i, x in zip(parts, gathered):
+        leaves[i] = x
+    return jax.tree.unflatten(structure, [np.asarray(x) for x in leaves])
 
-    def one(x):
-        whole = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
-        return np.asarray(x) if whole else process_allgather(x, tiled=True)
 
-    return jax.tree.map(one, tree)
+def _whole(x) -> bool:
+    """Whether this process holds all of a leaf."""
+    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
 
 
 def constrain(x, *axes: str | None, mode: str = "train"):

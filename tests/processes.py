@@ -23,23 +23,20 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def start(commands, *, count=2, devices=4, address=None, env=None, cwd=ROOT, log=None):
-    """`count` processes, each running the commands (lists of words) with its flags; stderr in stdout."""
+def start(commands, *, count=2, devices=4, address=None, env=None, cwd=ROOT, only=None):
+    """`count` processes (or the one number `only`), each running the commands (lists of words) with its
+    flags; stderr in stdout."""
     address = address or free_address()
     clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | (env or {})
     clean["PYTHONPATH"] = os.pathsep.join([str(ROOT), clean.get("PYTHONPATH", "")]).rstrip(":")
     found = []
-    for i in range(count):
+    for i in range(count) if only is None else [only]:
         words = [sys.executable, __file__, str(devices), str(METHODS)]
         for command in commands:
             words += [*command, f"--coordinator={address}", f"--process_count={count}"]
             words += [f"--process_id={i}", "---"]
-        out = subprocess.PIPE if log is None else open(f"{log}.{i}", "w")  # noqa: SIM115
-        found.append(
-            subprocess.Popen(
-                words[:-1], cwd=cwd, env=clean, stdout=out, stderr=subprocess.STDOUT, text=True
-            )
-        )
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        found.append(subprocess.Popen(words[:-1], cwd=cwd, env=clean, **streams))
     return found
 
 

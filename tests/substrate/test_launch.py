@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -193,77 +192,6 @@ def test_list_shows_sizes_needs_and_minutes(capsys, monkeypatch):
     assert lines[2].split() == ["configs/fake.py:large", "256", "devices", "unmeasured"]
     monkeypatch.setattr(config, "folders", lambda: [])
     assert "clone" in fails(capsys, "--list")
-
-
-# ---- several processes ----
-
-
-@pytest.fixture
-def no_cluster(monkeypatch):
-    for name in (*launch._CLUSTERS, "TPU_WORKER_HOSTNAMES"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        (("on",), "--coordinator=HOST:PORT"),
-        (("off", "h:1"), "contradicts --coordinator"),
-        (("auto", "h:1"), "--process_count and --process_id"),
-        (("auto", None, 2, None), "--coordinator and --process_id"),
-        (("auto", "h:1", 2, 2), "the last is 1"),
-        (("auto", "host", 2, 1), "not HOST:PORT"),
-        (("auto", "127.0.0.1:99999", 2, 1), "127.0.0.1:99999"),
-        (("auto", "127.0.0.1:99999", 2, 0), "127.0.0.1:99999"),
-    ],
-)
-def test_a_bad_distributed_flag_is_refused_before_jax_sees_it(arguments, part, no_cluster):
-    with pytest.raises(UserError, match=part):
-        launch.start_distributed(*arguments, timeout=0.1)
-
-
-def test_an_absent_coordinator_is_one_line(no_cluster):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(UserError, match="does not answer"):
-            launch.start_distributed("auto", address, 2, 1, timeout=0.1)
-
-
-def test_one_process_needs_no_cluster(no_cluster, monkeypatch):
-    assert launch.start_distributed("auto") is None and launch.start_distributed("off") is None
-    assert launch.cluster() is None
-    monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert launch.cluster() is None
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert launch.cluster() == "SLURM_NTASKS=4"
-
-
-@pytest.mark.slow
-def test_two_processes_find_each_other():
-    code = """if True:
-        import sys, jax
-        jax.config.update("jax_num_cpu_devices", 2)
-        from jaxrepro import launch
-        print(launch.start_distributed("auto", sys.argv[1], 2, int(sys.argv[2])))
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, address, str(i)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=config.ROOT,
-            env=environment,
-        )
-        for i in (1, 0)
-    ]
-    texts = [process.communicate(timeout=120)[0] for process in pair]
-    for text, i in zip(texts, (1, 0)):
-        assert f"process {i} of 2 ({address}), 2 of 4 devices" in text
 
 
 # ---- evaluate and sample ----
