@@ -14,11 +14,13 @@ mechanism serves prefill, rollout and training on completions. Layers are stacke
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrepro.config import UserError
@@ -29,15 +31,19 @@ from jaxrepro.models.params import Param, fan_in, initialise, shapes, stacked
 from jaxrepro.models.rope import RopeScaling, frequencies
 from jaxrepro.ops.attention import attend, attend_packed, merge
 from jaxrepro.ops.dense import dense, einsum32
+from jaxrepro.sharding import constrain
 
 # A scan copies what the backward pass keeps into stacked arrays. Of a few layers, that costs more time
 # than the loop saves, and compiling them one by one is no slower.
 SHALLOW = 4
+ACTIVATION = ("batch", "seq", "act_embed")
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # what attention makes is kept, the feed-forward layer is computed again
+    "names": jax.checkpoint_policies.save_only_these_names("qkv", "attn_out", "mlp_in"),
 }
 
 
@@ -337,7 +343,9 @@ def apply(
     age: how many tokens back of each new token a slot of the cache lies (0 is itself), negative where
     the token does not see it: for rings and trees. By default slots are in the order of the tokens.
     """
-    x = x.astype(cfg.dtype)
+    mode = "train" if cache is None else "decode"
+    pin = partial(constrain, mode=mode)
+    x = pin(x.astype(cfg.dtype), *ACTIVATION)
     b, t, _ = x.shape
     cos, sin = rope_angles(cfg, position)
     start = None
@@ -370,7 +378,8 @@ def apply(
         see = masks
         if slides is not None:
             see = jax.tree.map(lambda a, b: jnp.where(slides, a, b), near, masks)
-        return _layer(w, cfg, x, cos, sin, see, shared, old, start)
+        x, kv = _layer(w, cfg, x, cos, sin, see, shared, old, start)
+        return pin(x, *ACTIVATION), kv
 
     if cfg.remat != "none" and cache is None:
         layer = jax.checkpoint(layer, policy=REMAT[cfg.remat])
@@ -432,6 +441,7 @@ def _layer(w, cfg, x, cos, sin, masks, shared, old, start):
     if cfg.qk_norm:
         q, k = (rms_norm(a, w[n], cfg.eps) for a, n in ((q, "q_norm"), (k, "k_norm")))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    q, k, v = checkpoint_name((q, k, v), "qkv")
     if old is None:
         kv = KV(k, v)
         o, lse = attend(q, k, v, masks.own)
@@ -444,8 +454,8 @@ def _layer(w, cfg, x, cos, sin, masks, shared, old, start):
         see = attend_packed if isinstance(shared, Packed) else attend
         o_p, lse_p = see(q.reshape(p, -1, h, i), *shared, masks.prefix)
         o = merge(o_p.reshape(b, t, h, i), lse_p.reshape(b, t, h), o, lse)
-    o = project(o, "wo", inputs=2)
-    x = x + (o + w["bo"].astype(o.dtype) if cfg.o_bias else o)
+    o = project(checkpoint_name(o, "attn_out"), "wo", inputs=2)
+    x = checkpoint_name(x + (o + w["bo"].astype(o.dtype) if cfg.o_bias else o), "mlp_in")
     y = rms_norm(x, w["mlp_norm"], cfg.eps)
     gate, up = project(y, "gate"), project(y, "up")
     x = x + project(jax.nn.silu(gate) * up, "down")
