@@ -16,6 +16,7 @@ After that, `first` and `gather` carry small JSON values between processes. Both
 every process calls them, in the same order.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -505,10 +506,8 @@ def _answer(host: str, port: int, job: Job, deadline: float) -> None:
 
 
 def _say(peer: socket.socket, value: dict) -> None:
-    try:
+    with contextlib.suppress(OSError):  # it has left; whoever waits for it says so
         peer.sendall(json.dumps(value).encode() + b"\n")
-    except OSError:
-        pass  # it has left; whoever waits for it says so
 
 
 def _listen(peer: socket.socket) -> Any:

