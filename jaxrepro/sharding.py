@@ -329,6 +329,13 @@ def constrain(x, *axes: str | None, mode: str = "train"):
     return jax.lax.with_sharding_constraint(x, spec_for(axes, x.shape, mesh, mode))
 
 
+def parts_of(rows: int) -> int:
+    """The number of parts in which the mesh in force (`jax.set_mesh`) splits this many rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = row_parts(mesh) if set(BATCH) <= set(mesh.axis_names) else 1
+    return parts if rows % parts == 0 else 1
+
+
 def splits_tokens() -> bool:
     """Whether the mesh in force (`jax.set_mesh`) splits the token axis of activations."""
     mesh = jax.sharding.get_abstract_mesh()

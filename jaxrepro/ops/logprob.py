@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrepro.ops.dense import einsum32
+from jaxrepro.sharding import constrain, parts_of
 
 
 class Tokens(NamedTuple):
@@ -52,11 +53,13 @@ def token_log_probs(
 
     head is float32 or not; the product runs in hidden's dtype and accumulates in float32. Both
     outputs are differentiable in hidden and head. Mask what comes out: there is no mask here. The
-    first axis of three or more is the batch; memory is chunk * v floats (at least batch * v).
+    first axis of three or more is the batch; memory is chunk * v floats (at least batch * v) on each
+    device over which the mesh splits the batch.
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} must be > 0: greedy has no log-probability")
     rows = hidden.shape[0] if hidden.ndim > 2 else 1
+    chunk *= parts_of(rows)  # of each device
     flat = hidden.reshape(rows, -1, hidden.shape[-1])
     out = _scored(
         flat,
@@ -84,8 +87,11 @@ def _forward(h, head, targets, temperature, entropy):
     return (*out, lse - jnp.sum(jnp.exp(z - lse[..., None]) * z, axis=-1)) if entropy else out
 
 
-def _backward(h, head, targets, g, lse, ent, temperature):
-    """(dh, dW) of one chunk; g and ent are (g_lp,) and () or (g_lp, g_entropy) and (entropy,)."""
+def _backward(h, head, targets, g, lse, ent, temperature, parts=1):
+    """(dh, dW) of one chunk; g and ent are (g_lp,) and () or (g_lp, g_entropy) and (entropy,).
+
+    parts > 1: dW (parts, d, v) is the sum of each part of the rows.
+    """
     z = _logits(h, head, temperature)
     lp = z - lse[..., None]
     p = jnp.exp(lp)
@@ -94,8 +100,15 @@ def _backward(h, head, targets, g, lse, ent, temperature):
         dz = dz - g[1][..., None] * p * (lp + ent[0][..., None])
     dz = (dz / temperature).astype(h.dtype)
     dh = jnp.einsum("brv,dv->brd", dz, head.astype(h.dtype))
-    dw = einsum32("brd,brv->dv", h, dz)
-    return dh, dw
+    if parts == 1:
+        return dh, einsum32("brd,brv->dv", h, dz)
+    apart = lambda a: a.reshape(parts, -1, *a.shape[1:])
+    return dh, _by_part(einsum32("pbrd,pbrv->pdv", apart(h), apart(dz)))
+
+
+def _by_part(dw):
+    """Each device keeps the sum of its own rows; without this XLA adds up all of dW at every chunk."""
+    return constrain(dw, "batch", None, "vocab")
 
 
 def _chunks(t: int, r: int) -> tuple[int, int]:
@@ -139,14 +152,19 @@ def _bwd(temperature, r, entropy, saved, g):
     if n <= 1:
         dh, dw = _backward(hidden, head, targets, g, lse, ent, temperature)
     else:
+        parts = parts_of(hidden.shape[0])
 
         def body(dw, xs):
             h, y, *rest = xs
-            dh, more = _backward(h, head, y, *rest, temperature)
+            dh, more = _backward(h, head, y, *rest, temperature, parts)
             return dw + more, dh
 
         xs = jax.tree.map(lambda a: _split(a, n, r), (hidden, targets, g, lse, ent))
-        dw, dh = jax.lax.scan(body, jnp.zeros(head.shape, jnp.float32), xs)
+        zeros = jnp.zeros(head.shape, jnp.float32)
+        if parts > 1:
+            zeros = _by_part(jnp.zeros((parts, *head.shape), jnp.float32))
+        dw, dh = jax.lax.scan(body, zeros, xs)
+        dw = dw.sum(0) if parts > 1 else dw
         dh = _join(dh, hidden.shape[1])
     return dh, dw.astype(head.dtype), None
 

@@ -224,3 +224,29 @@ def test_what_one_process_finds_wrong_ends_all_in_one_line(tmp_path, cache):
         pair += processes.start([["launch", *words("run")]], env=cache, **where)
     ended = processes.finish(pair)
     assert all(code == 2 and "a disk that all machines share" in text for code, text in ended)
+
+
+@pytest.mark.slow
+def test_stepgrpo_in_two_processes_is_stepgrpo_in_one(tmp_path, cache):
+    """Images, base stage, warm-up, rollouts, rewards, updates, evaluation and the report."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
+    import stepgrpo_tiny as tiny
+
+    settings = tiny.SETTINGS | {"mesh": "(2,2,1,2)", "sft.steps": 1, "steps": 1, "eval.n": 7}
+    settings = [f"--config.{k}={v}" for k, v in settings.items()]
+    launch = lambda name: [
+        ["launch", "--config=configs/stepgrpo.py", f"--workdir={tmp_path / name}", *settings]
+    ]
+    for name, shape in (("two", dict(count=2)), ("one", dict(count=1, devices=8))):
+        ended = processes.finish(processes.start(launch(name), env=cache, **shape), timeout=500)
+        assert all(code == 0 for code, _ in ended), ended
+        assert sum("after warm-up" in text for _, text in ended) == 1
+    read = lambda name, file: json.loads((tmp_path / name / file).read_text())
+    assert read("two", "summary.json") == pytest.approx(read("one", "summary.json"), abs=1e-4)
+    for file in ("once/before.json", "items.json"):
+        assert read("two", file) == read("one", file), file
+    lines = [report.read(tmp_path / name / "metrics.jsonl") for name in ("two", "one")]
+    for a, b in zip(*lines, strict=True):
+        assert a.pop("stage") == b.pop("stage")
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    assert (tmp_path / "two" / "samples.md").exists()
