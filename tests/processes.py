@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "substrate" / "fixtures"
 METHODS = FIXTURES / "methods"
-DECODER = f"--config={FIXTURES / 'decoder.py'}"
+DECODER = f"--config={FIXTURES / 'launch' / 'decoder.py'}"
 
 
 def free_address() -> str:

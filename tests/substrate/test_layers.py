@@ -10,8 +10,8 @@ import jaxrepro
 PACKAGE = Path(jaxrepro.__file__).parent
 LAYERS = [
     {"config"},
-    {"sharding", "stats", "files", "distributed"},
-    {"ops"},
+    {"sharding", "stats", "files", "cluster"},
+    {"ops", "distributed"},
     {"models"},
     {"rollout", "rl", "rewards", "data", "envs"},
     {"train"},

@@ -63,7 +63,7 @@ def rewound(workdir, target, step=3):
 def params(workdir):
     from jaxrepro.methods.decoder import run
 
-    config = configuration.load(str(processes.FIXTURES / "decoder.py"))
+    config = configuration.load(str(processes.FIXTURES / "launch" / "decoder.py"))
     return checkpoint.load(workdir, transformer.abstract(run.model(config)))
 
 
