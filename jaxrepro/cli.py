@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 _HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
+RUNS = {"sft": "jaxrepro.train.sft"}  # runs of the substrate, beside the methods
 _DISK = {errno.ENOSPC: "the disk is full", errno.EROFS: "the file system is read-only"}
 _DISK |= {errno.EACCES: "permission denied", errno.EPERM: "permission denied"}
 _DISK |= {getattr(errno, "EDQUOT", errno.ENOSPC): "the disk quota is used up"}
@@ -138,17 +139,18 @@ def parse_flags(
 
 
 def method(config: ConfigDict) -> ModuleType:
-    """The module `jaxrepro.methods.<config.method>.run`."""
+    """The module `jaxrepro.methods.<config.method>.run`, or one of `RUNS`."""
     import jaxrepro.methods
 
     name = config.get("method")
     known = [m.name for m in pkgutil.iter_modules(jaxrepro.methods.__path__) if m.ispkg]
+    known += RUNS
     if name not in known:
         raise UserError(
             f"config.method={name} is unknown{configuration.did_you_mean(str(name), known)}"
         )
     try:
-        return importlib.import_module(f"jaxrepro.methods.{name}.run")
+        return importlib.import_module(RUNS.get(name, f"jaxrepro.methods.{name}.run"))
     except ModuleNotFoundError as e:
         if e.name is None or e.name.split(".")[0] == "jaxrepro":
             raise

