@@ -56,13 +56,17 @@ def data(path: str | os.PathLike) -> Path:
     raise UserError(f"data.path={path}: no {' nor '.join(map(str, places))}{hint}; give a folder")
 
 
-def model(path: str | os.PathLike) -> Path:
-    """A folder with a model or a GGUF file: as given, by a name of `KNOWN`, or by its name on the hub."""
+def model(path: str | os.PathLike, *, gguf: bool = False) -> Path:
+    """A folder with a model: as given, or by its name on the hub; fetched if need be.
+
+    gguf: a .gguf file is as good, as given or by a name of `KNOWN`.
+    """
     found = Path(path).expanduser()
-    if found.is_dir() or (found.is_file() and found.suffix == ".gguf"):
+    if found.is_dir() or (gguf and found.is_file() and found.suffix == ".gguf"):
         return found
-    if found.is_file():
-        raise UserError(f"model.path={path} is a file; give a folder of safetensors or a .gguf file")
+    if found.is_file() or (str(path) in KNOWN and not gguf):
+        kinds = "a folder of safetensors" + (" or a .gguf file" if gguf else "")
+        raise UserError(f"model.path={path} is a file; give {kinds}")
     if str(path) in KNOWN:
         return packaged(str(path))
     from huggingface_hub import snapshot_download
@@ -72,9 +76,9 @@ def model(path: str | os.PathLike) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=list(MODEL_FILES)))
     except (OSError, ValueError, HFValidationError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
+        other = f", a .gguf file, one of {', '.join(KNOWN)}," if gguf else ""
         raise UserError(
-            f"model.path={path} is neither a folder, a .gguf file, one of {', '.join(KNOWN)}, nor a "
-            f"model that the hub gave: {reason}"
+            f"model.path={path} is neither a folder{other} nor a model that the hub gave: {reason}"
         ) from e
 
 

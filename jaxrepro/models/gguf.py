@@ -76,7 +76,9 @@ class File:
 
 # The header ------------------------------------------------------------------------------------
 
-_SCALARS = dict(enumerate("B b H h I i f ? - - Q q d".split()))  # struct codes by value type
+_SCALARS = dict(
+    enumerate(["B", "b", "H", "h", "I", "i", "f", "?", "-", "-", "Q", "q", "d"])
+)  # struct codes by value type
 _STRING, _ARRAY = 8, 9
 
 
@@ -148,21 +150,21 @@ def _header(path: Path, data: Any) -> File:
     for _ in range(tensors):
         name, axes = cursor.string(), cursor.number("I")
         if axes > 8:
-            raise ValueError(f"tensor {name} has {axes} axes")
+            raise ValueError(f"tensor {name[:64]!r} has {axes} axes")
         shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
         kind, offset = cursor.number("I"), cursor.number("Q")
         if name in found:
-            raise ValueError(f"the tensor {name} is stored twice")
+            raise ValueError(f"the tensor {name[:64]!r} is stored twice")
         found[name] = Stored(kind, shape, offset, _bytes(name, kind, shape))
     align = metadata.get("general.alignment", 32)
     if not isinstance(align, int) or align < 1:
-        raise ValueError(f"general.alignment is {align}")
+        raise ValueError(f"general.alignment is {align!r:.40}")
     base = -(-cursor.at // align) * align
     for name, stored in found.items():
         end = base + stored.offset + stored.size
         if end > len(data):
             raise ValueError(
-                f"tensor {name} ends at byte {end} of {len(data)}: is the download complete?"
+                f"tensor {name[:64]!r} ends at byte {end} of {len(data)}: is the download complete?"
             )
         found[name] = stored._replace(offset=base + stored.offset)
     return File(path, metadata, found)
@@ -175,10 +177,10 @@ def _bytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     except (ValueError, KeyError):
         raise ValueError(
-            f"tensor {name} has the unknown type {kind}; a newer gguf may know it"
+            f"tensor {name[:64]!r} has the unknown type {kind}; a newer gguf may know it"
         ) from None
     if shape and shape[-1] % block:
-        raise ValueError(f"tensor {name}: rows of {shape[-1]} are no multiple of {block}")
+        raise ValueError(f"tensor {name[:64]!r}: rows of {shape[-1]} are no multiple of {block}")
     return math.prod(shape) // block * size
 
 
@@ -246,10 +248,12 @@ def load(
     file = source if isinstance(source, File) else open_file(source)
     cfg = read_config(file) if cfg is None else cfg
     leaves = dict(_leaves(transformer.abstract(cfg)))
+    if foreign := [path for path in leaves if path not in NAMES]:
+        raise UserError(f"{file.path}: GGUF has no tensor for {', '.join(foreign)}")
     shape_of = {path: _file_shape(path, cfg) for path in leaves}
     wanted = {name: shape_of[path] for path in leaves for name in _names(path, cfg)}
     problems = _listed("missing", [n for n in wanted if n not in file.tensors])
-    problems += _listed("unexpected", [n for n in file.tensors if n not in wanted])
+    problems += _listed("unexpected", [_shown(n) for n in file.tensors if n not in wanted])
     problems += _listed(
         "wrong shape",
         [
@@ -383,6 +387,11 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in tree.items():
         yield from _leaves(value, f"{path}/{key}" if path else key)
+
+
+def _shown(name: str) -> str:
+    """A name from a file on one line."""
+    return name[:64] if name.isprintable() else repr(name[:64])
 
 
 def _listed(what: str, names: list[str], most: int = 20) -> list[str]:

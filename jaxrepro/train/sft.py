@@ -130,7 +130,7 @@ def prepare(config: Any) -> Setting:
     """Weights' place, tokenizer, questions that fit, mesh and where the parameters lie."""
     numerics = dict(dtype=config.model.dtype, remat=config.model.remat)
     if config.model.path:
-        source = locate.model(config.model.path)
+        source = locate.model(config.model.path, gguf=True)
         file = gguf.open_file(source) if source.suffix == gguf.SUFFIX else None
         tokenizer = load_tokenizer(source)
         cfg = gguf.read_config(file, **numerics) if file else hf.read_config(source, **numerics)
@@ -331,6 +331,13 @@ def sample(
     asked = s.questions.test[:n]
     found = sampler(s, temperature=temperature)(params, asked, key)
     return [f"question: {e['problem']}\n\n{text}" for e, (text, _) in zip(asked, found)]
+
+
+def export(config: Any, workdir: Any) -> tuple[Any, TransformerConfig, Any]:
+    """Parameters and config of a trained run, and its tokenizer: the base model's folder, or its own."""
+    s, params = trained(config, workdir)
+    folder = s.source is not None and s.source.is_dir()
+    return params, s.cfg, s.source if folder else s.tokenizer
 
 
 def plan(config: Any) -> memory.Plan:

@@ -1,0 +1,231 @@
+"""The fine-tuning run: what it counts, what it writes, how it goes on, what it refuses."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrepro import cli, config, evaluate, sample
+from jaxrepro.config import UserError
+from jaxrepro.data import batches, locate
+from jaxrepro.models import transformer
+from jaxrepro.train import quiz, sft
+from jaxrepro.train.loop import Run
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import meshes
+
+SMALL = {
+    "steps": 4,
+    "sft.batch": 4,
+    "sft.warmup": 1,
+    "eval.n": 6,
+    "eval.batch": 4,
+    "checkpoint.every": 2,
+    "log.tensorboard": False,
+    "log.curves": False,
+}
+
+
+def settings(**changes):
+    return config.load(
+        "configs/sft.py", SMALL | {k.replace("__", "."): v for k, v in changes.items()}
+    )
+
+
+@pytest.fixture(scope="session")
+def small():
+    """The tiny shape, made smaller."""
+    with pytest.MonkeyPatch.context() as patch:
+        shape = dict(d=32, layers=2, heads=4, kv=2, head_dim=8, ffn=48)
+        patch.setitem(sft.SHAPES, "tiny", sft.SHAPES["tiny"] | shape)
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished(small, tmp_path_factory):
+    """A run of four steps without interruption."""
+    folder = tmp_path_factory.mktemp("sft") / "whole"
+    return folder, sft.run(settings(), folder)
+
+
+def parameters(folder):
+    return sft.trained(settings(), folder)[1]
+
+
+def test_a_run_leaves_rates_intervals_items_and_samples(finished):
+    folder, results = finished
+    for when in ("before", "after"):
+        rate, n = results[f"{when}/test/exact_match"], results[f"{when}/test/n"]
+        assert (
+            results[f"{when}/test/exact_match_lo"] <= rate <= results[f"{when}/test/exact_match_hi"]
+        )
+        assert n == 6 and {f"{when}/test/stated", f"{when}/test/finished"} <= set(results)
+    items = json.loads((folder / "items.json").read_text())
+    gained = np.mean(items["after/test"]) - np.mean(items["before/test"])
+    assert results["test/gain"] == pytest.approx(gained)
+    assert json.loads((folder / "summary.json").read_text()) == results
+    assert "Test questions, answered before and after" in (folder / "samples.md").read_text()
+    logged = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in logged] == [1, 2, 3, 4] and logged[0]["stage"] == "sft"
+
+
+def test_a_resumed_run_has_the_same_bits_and_the_same_before(
+    finished, small, tmp_path, monkeypatch
+):
+    folder, results = finished
+    save = Run.save
+
+    def stop(self, i, state, **kwargs):
+        save(self, i, state, **kwargs)
+        if i == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sft.run(settings(), tmp_path)
+    assert sft.run(settings(), tmp_path) == results
+    jax.tree.map(np.testing.assert_array_equal, parameters(folder), parameters(tmp_path))
+
+
+def test_the_loss_is_the_mean_over_answer_tokens_of_the_whole_batch(small):
+    s = sft.prepare(settings())
+    params = sft.initial(s)
+    rows = batches.dataset(s.questions.train, s.encoder.sft, batch=4)[0].arrays
+    total, count, _ = sft.loss(params, rows, cfg=s.cfg, responses=32)
+    tokens = rows["tokens"]
+    x = transformer.embed(params, s.cfg, tokens.tokens)
+    hidden, _ = transformer.apply(
+        params, s.cfg, x, position=tokens.position, segment=tokens.segment
+    )
+    lp = jax.nn.log_softmax(transformer.logits(params, s.cfg, hidden))
+    wanted = [
+        -lp[i, j - 1, tokens.tokens[i, j]]
+        for i, j in zip(*np.nonzero(tokens.response))
+        if tokens.segment[i, j]
+    ]
+    assert count == len(wanted) == tokens.response.sum()
+    assert total == pytest.approx(np.sum(wanted), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_every_mesh_gives_the_loss_and_gradient_of_one_device(small):
+    s = sft.prepare(settings())
+    rows = batches.dataset(s.questions.train, s.encoder.sft, batch=8)[0].arrays
+    loss = lambda params, batch: sft.loss(params, batch, cfg=s.cfg, responses=32)
+    meshes.check(loss, sft.initial(s), transformer.axes(s.cfg), rows)
+
+
+def test_init_from_starts_where_another_run_ended(finished, small, tmp_path):
+    folder, results = finished
+    again = sft.run(settings(init_from=str(folder), steps=0), tmp_path)
+    assert again["before/test/exact_match"] == results["after/test/exact_match"]
+    assert "after/test/exact_match" not in again
+
+
+def test_evaluate_and_sample_use_the_trained_model(finished, capsys, monkeypatch):
+    folder, results = finished
+    monkeypatch.setattr(cli, "setup_jax", lambda: None)
+    assert cli.guard(evaluate.main, [f"--workdir={folder}"]) == 0
+    shown = capsys.readouterr().out
+    assert "test/exact_match" in shown and "[" in shown
+    assert sft.evaluate(settings(), folder)["test/exact_match"] == results["after/test/exact_match"]
+    assert cli.guard(sample.main, [f"--workdir={folder}", "--n=2"]) == 0
+    assert capsys.readouterr().out.count("question: ") == 2
+    words = [f"--workdir={folder}", "--prompt=3 + 4 - 2", "--n=2"]
+    assert cli.guard(sample.main, words) == 0
+    assert cli.guard(sample.main, [f"--workdir={folder}", "--prompt=cats"]) == 2
+    assert cli.guard(evaluate.main, [f"--workdir={folder}", "--split=dev"]) == 2
+    assert "one of test, train" in capsys.readouterr().err
+
+
+def test_answers_depend_on_neither_batch_size_nor_padding_rows(small):
+    s = sft.prepare(settings())
+    params, key = sft.initial(s), jax.random.key(0)
+    asked = s.questions.test[:5]
+    whole = sft.sampler(s, temperature=1.0)(params, asked, key)
+    one = s._replace(config=settings(eval__batch=2))
+    assert sft.sampler(one, temperature=1.0)(params, asked, key) == whole and len(whole) == 5
+
+
+def test_export_gives_the_parameters_the_config_and_the_tokenizer(finished, tmp_path):
+    folder, _ = finished
+    params, cfg, tokenizer = sft.export(settings(), folder)
+    assert transformer.count(cfg) == sum(x.size for x in jax.tree.leaves(params))
+    tokenizer.save(tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sft__micro_batches": 3}, "sft.micro_batches=3 does not divide sft.batch=4"),
+        ({"eval__n": 0}, "eval.n=0; use 1 or more"),
+        ({"data__max_completion": 48}, "leaves no room for a prompt"),
+        ({"model__shape": "odd"}, "model.shape='odd' is not one of tiny"),
+        ({"data__generator": "gsm_symbolic"}, "model.path is needed"),
+        ({"lora__rank": 8}, "lora.rank=8"),
+        ({"sft__schedule": "odd"}, "schedule='odd' is unknown"),
+        ({"model__path": "/nowhere/at all"}, "model.path=/nowhere/at all"),
+        ({"mesh": (3, 1, 1, 1)}, "takes 3 devices"),
+        ({"mesh": (8, 1, 1, 1)}, "sft.batch=4 does not divide over data"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        sft.run(settings(**changes), tmp_path / "w")
+    assert not list(tmp_path.glob("w/checkpoints/*"))
+
+
+def test_a_model_without_the_chat_tokens_is_refused(small, tmp_path, monkeypatch):
+    from gguf_files import LLAMA, drawn, write
+
+    path = write(tmp_path / "a.gguf", drawn(LLAMA), LLAMA, fields=[
+        ("add_tokenizer_model", "gpt2"), ("add_tokenizer_pre", "smollm"),
+        ("add_token_list", ["a", "b"]), ("add_token_merges", ["a b"]),
+    ])  # fmt: skip
+    with pytest.raises(UserError, match="its merges do not fit its tokens"):
+        sft.run(settings(model__path=str(path)), tmp_path / "w")
+
+
+def test_the_known_model_is_the_default_of_its_size():
+    assert config.load("configs/sft.py:smollm2").model.path in locate.KNOWN
+
+
+# ---- scores
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3 + 4 = 7\n#### 7", 1.0),
+        ("#### 7.0", 1.0),
+        ("so it is 7", 1.0),
+        ("7 dollars and 3 cents", 0.0),
+        ("#### 8", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_an_answer_is_right_by_its_final_number(text, value):
+    assert quiz.right({"solution": "3 + 4 = 7\n#### 7"}, text) == value
+
+
+def test_gain_and_verdict_are_of_pairs():
+    before, after = {"correct": [0.0] * 20}, {"correct": [1.0] * 15 + [0.0] * 5}
+    found = quiz.gain(before, after)
+    assert found["test/gain"] == 0.75 and 0 < found["test/gain_lo"] < 0.75 < found["test/gain_hi"]
+    assert quiz.verdict(found).endswith("better")
+    assert quiz.verdict(quiz.gain(after, before)).endswith("worse")
+    assert quiz.verdict(quiz.gain(after, after)).endswith("not resolved")
+
+
+@pytest.mark.slow
+def test_the_tiny_size_learns(tmp_path):
+    chosen = config.load("configs/sft.py", {"log.tensorboard": False, "eval.n": 128})
+    results = sft.run(chosen, tmp_path)
+    assert results["before/test/exact_match"] < 0.1 and results["after/test/exact_match"] > 0.9
+    assert results["test/gain_lo"] > 0.8
