@@ -191,11 +191,14 @@ def gguf_tokenizer(source: str | os.PathLike | gguf.File) -> Tokenizer:
         raise UserError(f"{file.path} has no tokenizer: tokens or merges are missing")
     kinds = get("token_type")
     kinds = [1] * len(tokens) if kinds is None else [int(k) for k in kinds]
+    ids = {token: i for i, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    try:
-        backend = Backend(models.BPE({t: i for i, t in enumerate(tokens)}, pairs))
-    except Exception as e:  # the library raises bare Exception
-        raise UserError(f"{file.path}: its merges do not fit its tokens: {e}") from e
+    # The library does not raise on such a pair, it panics.
+    odd = next((p for p in pairs if len(p) != 2 or not {*p, "".join(p)} <= ids.keys()), None)
+    if odd is not None or len(ids) != len(tokens) or len(kinds) != len(tokens):
+        what = f"the merge {' '.join(odd)!r:.60}" if odd else "the number of its token types"
+        raise UserError(f"{file.path}: {what} does not fit its {len(ids)} different tokens")
+    backend = Backend(models.BPE(ids, pairs))
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = WORDS[name]
     if words == "digits":

@@ -123,7 +123,12 @@ def check(config: Any) -> None:
         )
     if config.lora.rank:
         raise UserError(f"lora.rank={config.lora.rank}: LoRA is not built for this run yet; use 0")
-    optim.optimizer(sft, steps=max(config.steps, 1))  # refuses an unknown schedule
+    _optimizer(config)  # refuses an unknown schedule
+
+
+def _optimizer(config: Any) -> optim.Scheduled:
+    # Without a step there is nothing that the warm-up could be too long for.
+    return optim.optimizer(config.sft, steps=config.steps or config.sft.warmup + 1)
 
 
 def prepare(config: Any) -> Setting:
@@ -346,7 +351,7 @@ def plan(config: Any) -> memory.Plan:
     cfg, mesh, sft = geometry(config), sharding.abstract_mesh(config.mesh), config.sft
     abstract = transformer.abstract(cfg)
     shardings = sharding.shard_tree(transformer.axes(cfg), abstract, mesh)
-    optimizer = optim.optimizer(sft, steps=max(config.steps, 1))
+    optimizer = _optimizer(config)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), abstract)
     opt = memory.sharded(state.opt, state_shardings(state, shardings, mesh).opt)
     b, t = sft.batch, config.data.max_tokens

@@ -1,12 +1,16 @@
 """The fine-tuning run: what it counts, what it writes, how it goes on, what it refuses."""
 
+import functools
 import json
+import re
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxrepro import cli, config, evaluate, sample
 from jaxrepro.config import UserError
@@ -36,16 +40,28 @@ def settings(**changes):
     )
 
 
-@pytest.fixture(scope="session")
-def small():
-    """The tiny shape, made smaller."""
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The tiny shape, made smaller; compiled quickly, and each program once."""
+    shape = dict(d=32, layers=1, heads=4, kv=2, head_dim=8, ffn=48)
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
     with pytest.MonkeyPatch.context() as patch:
-        shape = dict(d=32, layers=2, heads=4, kv=2, head_dim=8, ffn=48)
         patch.setitem(sft.SHAPES, "tiny", sft.SHAPES["tiny"] | shape)
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+        for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.1)):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
         yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
     """A run of four steps without interruption."""
     folder = tmp_path_factory.mktemp("sft") / "whole"
@@ -60,9 +76,8 @@ def test_a_run_leaves_rates_intervals_items_and_samples(finished):
     folder, results = finished
     for when in ("before", "after"):
         rate, n = results[f"{when}/test/exact_match"], results[f"{when}/test/n"]
-        assert (
-            results[f"{when}/test/exact_match_lo"] <= rate <= results[f"{when}/test/exact_match_hi"]
-        )
+        lo, hi = (results[f"{when}/test/exact_match_{end}"] for end in ("lo", "hi"))
+        assert lo - 1e-12 <= rate <= hi + 1e-12
         assert n == 6 and {f"{when}/test/stated", f"{when}/test/finished"} <= set(results)
     items = json.loads((folder / "items.json").read_text())
     gained = np.mean(items["after/test"]) - np.mean(items["before/test"])
@@ -96,24 +111,29 @@ def test_the_loss_is_the_mean_over_answer_tokens_of_the_whole_batch(small):
     s = sft.prepare(settings())
     params = sft.initial(s)
     rows = batches.dataset(s.questions.train, s.encoder.sft, batch=4)[0].arrays
-    total, count, _ = sft.loss(params, rows, cfg=s.cfg, responses=32)
+    rows = jax.tree.map(jnp.asarray, rows)
     tokens = rows["tokens"]
-    x = transformer.embed(params, s.cfg, tokens.tokens)
-    hidden, _ = transformer.apply(
-        params, s.cfg, x, position=tokens.position, segment=tokens.segment
-    )
-    lp = jax.nn.log_softmax(transformer.logits(params, s.cfg, hidden))
+
+    @jax.jit
+    def both(params, rows):
+        tokens = rows["tokens"]
+        x = transformer.embed(params, s.cfg, tokens.tokens)
+        hidden, _ = transformer.apply(
+            params, s.cfg, x, position=tokens.position, segment=tokens.segment
+        )
+        logits = transformer.logits(params, s.cfg, hidden)
+        return sft.loss(params, rows, cfg=s.cfg, responses=32)[:2], jax.nn.log_softmax(logits)
+
+    (total, count), lp = both(params, rows)
     wanted = [
-        -lp[i, j - 1, tokens.tokens[i, j]]
-        for i, j in zip(*np.nonzero(tokens.response))
-        if tokens.segment[i, j]
+        -np.asarray(lp)[i, j - 1, tokens.tokens[i, j]] for i, j in zip(*np.nonzero(tokens.response))
     ]
     assert count == len(wanted) == tokens.response.sum()
     assert total == pytest.approx(np.sum(wanted), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_every_mesh_gives_the_loss_and_gradient_of_one_device(small):
+def test_every_mesh_gives_the_loss_and_gradient_of_one_device():
     s = sft.prepare(settings())
     rows = batches.dataset(s.questions.train, s.encoder.sft, batch=8)[0].arrays
     loss = lambda params, batch: sft.loss(params, batch, cfg=s.cfg, responses=32)
@@ -181,14 +201,21 @@ def test_settings_that_cannot_work_are_one_line(changes, message, tmp_path):
     assert not list(tmp_path.glob("w/checkpoints/*"))
 
 
-def test_a_model_without_the_chat_tokens_is_refused(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("tokens", "merges", "message"),
+    [
+        (["a", "b", "ab"], ["a b"], "token '<|im_end|>' is not in the vocabulary of 3 tokens"),
+        (["a", "b"], ["a b"], "the merge 'a b' does not fit its 2 different tokens"),
+        (["a", "a", "aa"], ["a a"], "does not fit its 2 different tokens"),
+    ],
+)
+def test_a_model_with_a_broken_or_no_chat_tokenizer_is_refused(tokens, merges, message, tmp_path):
     from gguf_files import LLAMA, drawn, write
 
-    path = write(tmp_path / "a.gguf", drawn(LLAMA), LLAMA, fields=[
-        ("add_tokenizer_model", "gpt2"), ("add_tokenizer_pre", "smollm"),
-        ("add_token_list", ["a", "b"]), ("add_token_merges", ["a b"]),
-    ])  # fmt: skip
-    with pytest.raises(UserError, match="its merges do not fit its tokens"):
+    fields = [("add_tokenizer_model", "gpt2"), ("add_tokenizer_pre", "smollm")]
+    fields += [("add_token_list", tokens), ("add_token_merges", merges)]
+    path = write(tmp_path / "a.gguf", drawn(LLAMA), LLAMA, fields=fields)
+    with pytest.raises(UserError, match=re.escape(message)):
         sft.run(settings(model__path=str(path)), tmp_path / "w")
 
 
