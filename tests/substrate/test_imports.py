@@ -27,7 +27,7 @@ for name in sys.argv[2].split():
     [
         (
             f"{RARE} absl flax optax orbax",
-            "jaxrepro.models.qwen2_vl jaxrepro.models.hf jaxrepro.rollout.generate "
+            "jaxrepro.models.qwen2_vl jaxrepro.models.hf jaxrepro.models.gguf jaxrepro.rollout.generate "
             "jaxrepro.bench.grpo jaxrepro.methods.stepgrpo.objective jaxrepro.config",
         ),
         # optax itself imports absl
