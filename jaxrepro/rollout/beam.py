@@ -34,7 +34,9 @@ from jaxrepro.models.transformer import Cache, Prefix, TransformerConfig
 from jaxrepro.ops.sampling import largest
 from jaxrepro.rollout.generate import Prompts, for_decode
 
-DEAD = -1e9  # the score of a hypothesis that does not exist; finite, as the library's arithmetic has it
+DEAD = (
+    -1e9
+)  # the score of a hypothesis that does not exist; finite, as the library's arithmetic has it
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,7 @@ class _Loop(NamedTuple):
     stuck: Any  # () bool, every candidate ended
 
 
-def beam_search(
-    params: dict, cfg: TransformerConfig, prompts: Prompts, *, beams: Beams
-) -> Found:
+def beam_search(params: dict, cfg: TransformerConfig, prompts: Prompts, *, beams: Beams) -> Found:
     """The best hypotheses of every prompt; pure, for callers to jit with cfg and beams static."""
     bad = [e for e in beams.eos if not 0 <= e < cfg.vocab]
     if bad:

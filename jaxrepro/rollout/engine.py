@@ -267,9 +267,7 @@ class Engine:
         """Host arrays of the samples that enter, padded to a power of four: each is a compilation."""
         m = bucket(len(some), 1, self.size, factor=4)
         checked = [group.checked for _, group, _ in some]
-        fill = lambda values, empty=0: np.asarray(
-            [*values, *[empty] * (m - len(some))], np.int32
-        )
+        fill = lambda values, empty=0: np.asarray([*values, *[empty] * (m - len(some))], np.int32)
         words = some[0][1].words
         key = np.zeros((m, words.size), np.uint32)
         key[: len(some)] = [group.words for _, group, _ in some]
@@ -358,9 +356,7 @@ def _insert_program(impl, at):
 
 @lru_cache(maxsize=32)
 def _decode_program(cfg, sampling, rounds, room, impl, at, mesh):
-    run = partial(
-        device.decode, cfg=cfg, sampling=sampling, rounds=rounds, room=room, impl=impl
-    )
+    run = partial(device.decode, cfg=cfg, sampling=sampling, rounds=rounds, room=room, impl=impl)
     out = None if at is None else (at, sharding.replicated(mesh))
     return jax.jit(run, donate_argnums=1, out_shardings=out)
 

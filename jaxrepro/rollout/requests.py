@@ -103,7 +103,9 @@ def check(request: Request, cfg: TransformerConfig, sampling: Sampling, capacity
                 f"{np.shape(prompt.position)}; need (t, {cfg.d}) with (t,) or (3, t)"
             )
         if streams and cfg.mrope_sections is None:
-            raise UserError(f"{who}: three position streams need mrope_sections in the model config")
+            raise UserError(
+                f"{who}: three position streams need mrope_sections in the model config"
+            )
         if sampling.repetition_penalty != 1:
             raise UserError(f"{who}: repetition_penalty needs token ids, the prompt is embeddings")
     else:

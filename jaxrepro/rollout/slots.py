@@ -94,7 +94,9 @@ AXES = Slots(
     stops=automata.Stops(("batch", None, None), ("batch", None), ("batch", None, None)),
     bias=("batch", "vocab"),
     seen=("batch", "vocab"),
-    **dict.fromkeys(("next_position", "prompt", "step", "active", "max_new", "min_new"), ("batch",)),
+    **dict.fromkeys(
+        ("next_position", "prompt", "step", "active", "max_new", "min_new"), ("batch",)
+    ),
 )
 
 

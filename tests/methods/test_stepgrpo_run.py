@@ -15,8 +15,8 @@ from PIL import Image
 from jaxrepro import cli, export
 from jaxrepro.config import UserError
 from jaxrepro.data import stepwise
-from jaxrepro.methods.stepgrpo import objective, rewards, run
 from jaxrepro.data.text import load_tokenizer
+from jaxrepro.methods.stepgrpo import objective, rewards, run
 from jaxrepro.models import hf, qwen2_vl
 from jaxrepro.rl.advantages import MODES
 from jaxrepro.train import checkpoint, metrics

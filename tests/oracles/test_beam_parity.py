@@ -32,9 +32,7 @@ def llama():
 def ours(models, beams):
     _, params, cfg = models
     tokens, *rest = torch_models.right_padded(PROMPTS)
-    return search(
-        params, cfg, Prompts(transformer.embed(params, cfg, tokens), *rest), beams=beams
-    )
+    return search(params, cfg, Prompts(transformer.embed(params, cfg, tokens), *rest), beams=beams)
 
 
 def theirs(models, beams):
