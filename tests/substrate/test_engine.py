@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxrepro.config import UserError
 from jaxrepro.models import transformer
 from jaxrepro.models.transformer import TransformerConfig
 from jaxrepro.rollout import engine as engines
+from jaxrepro.rollout import stops
 from jaxrepro.rollout.engine import Embedded, Engine, Request, measure_gap, sampler_gap
 from jaxrepro.rollout.generate import (
     FINISH_EOS,
@@ -30,6 +33,7 @@ NEW, N = 8, 3
 SAMPLING = Sampling(max_new=NEW, eos=(1, 2), temperature=0.9, pad=0)
 KEY = jax.random.key(3)
 IDS = (10, 4, 7, 0)
+advance = jax.jit(stops.advance)
 run_generate = jax.jit(generate, static_argnames=("cfg", "sampling", "n"))
 
 
@@ -39,8 +43,8 @@ def make_params(seed):
     return jax.tree.map(draw, transformer.abstract(CFG))
 
 
-def make(params, **settings):
-    return Engine(params, CFG, SAMPLING, **{"slots": 4, "capacity": 28, "rounds": 5} | settings)
+def make(params, **how):
+    return Engine(params, CFG, SAMPLING, **{"slots": 4, "capacity": 28, "rounds": 5} | how)
 
 
 def assert_equal(a, b):
@@ -176,6 +180,31 @@ def test_embeddings_as_prompts_equal_their_tokens(params, requests, plain):
         assert_equal(want, got)
 
 
+def test_a_prompt_with_three_position_streams_equals_generate(params):
+    x = jax.random.normal(jax.random.key(9), (5, CFG.d))
+    at = np.asarray([[0, 1, 1, 1, 2], [0, 1, 1, 2, 3], [0, 1, 2, 1, 3]])
+    prompts = Prompts(x[None], jnp.asarray(at)[None], jnp.ones((1, 5), jnp.int32), jnp.asarray([4]))
+    want = run_generate(
+        params, CFG, prompts, request_ids=jnp.asarray([6]), key=KEY, sampling=SAMPLING, n=N
+    )
+    found = samples(make(params).run([Request(Embedded(x, at, 4), 6, N)], KEY), NEW)
+    np.testing.assert_array_equal(found.tokens, want.tokens)
+    np.testing.assert_allclose(found.lp_raw, want.lp_raw, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(st.integers(0, 2), min_size=12, max_size=12),
+)
+def test_automata_find_every_suffix_however_self_similar(sequences, text):
+    state = stops.pack([sequences], 3, 4)
+    for j, token in enumerate(text):
+        state, hits = advance(state, jnp.asarray([token]))
+        want = [text[: j + 1][-len(s) :] == s for s in sequences]
+        assert np.asarray(hits)[0].tolist() == want + [False] * (3 - len(want))
+
+
 @pytest.fixture(scope="module")
 def demanding(params, requests, plain):
     """One run of requests with a stop, forced tokens, a mask, a bias and limits beside a plain one."""
@@ -262,12 +291,12 @@ def test_a_request_that_cannot_run_is_one_line_before_anything_runs(plain, reque
 
 
 def test_an_engine_that_cannot_run_is_refused(params):
-    for settings, says in [
+    for how, says in [
         ({"slots": 0}, "slots 0"),
         ({"capacity": 8}, "capacity 8 leaves no room"),
     ]:
         with pytest.raises(UserError, match=says):
-            make(params, **settings)
+            make(params, **how)
     for change, says in [({"eos": (24,)}, "eos 24"), ({"top_k": 25}, "top_k 25")]:
         with pytest.raises(UserError, match=says):
             Engine(params, CFG, dataclasses.replace(SAMPLING, **change))
