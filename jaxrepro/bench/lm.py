@@ -115,29 +115,50 @@ class Ours:
         x = transformer.embed(params, self.cfg, rows)
         return *nll(params, self.cfg, x, Tokens(rows, everywhere > 0, everywhere, at)), {}
 
+    def prompts(self, params: Any, tokens: Any) -> Any:
+        """Equally long prompts as `Prompts`."""
+        import jax.numpy as jnp
+
+        from jaxrepro.models import transformer
+        from jaxrepro.rollout.generate import Prompts
+
+        b, t = tokens.shape
+        at = jnp.broadcast_to(jnp.arange(t), (b, t))
+        x = transformer.embed(params, self.cfg, tokens)
+        return Prompts(x, at, jnp.ones((b, t), jnp.int32), jnp.full(b, t))
+
     def greedy(self, tokens: np.ndarray, new: int) -> Callable[[], Any]:
         """A call that decodes `new` tokens of every row, and waits."""
         import jax
         import jax.numpy as jnp
 
-        from jaxrepro.models import transformer
-        from jaxrepro.rollout.generate import Prompts, Sampling, generate
+        from jaxrepro.rollout.generate import Sampling, generate
 
         settings = Sampling(max_new=new, eos=(), temperature=0.0)
-        b, t = tokens.shape
+        ids = jnp.arange(len(tokens), dtype=jnp.int32)
 
         @jax.jit
         def decode(params, tokens):
-            at = jnp.broadcast_to(jnp.arange(t), (b, t))
-            x = transformer.embed(params, self.cfg, tokens)
-            rows = Prompts(x, at, jnp.ones((b, t), jnp.int32), jnp.full(b, t))
-            ids = jnp.arange(b, dtype=jnp.int32)
-            key = jax.random.key(0)
+            rows, key = self.prompts(params, tokens), jax.random.key(0)
             return generate(
                 params, self.cfg, rows, request_ids=ids, key=key, sampling=settings, n=1
             ).tokens
 
         return lambda: np.asarray(decode(self.served, tokens))
+
+    def beam(self, tokens: np.ndarray, beams: int, new: int) -> Callable[[], Any]:
+        """A call that searches with `beams` beams, and waits."""
+        import jax
+
+        from jaxrepro.rollout.beam import Beams, beam_search
+
+        settings = Beams(max_new=new, eos=(), width=beams)
+        search = jax.jit(
+            lambda params, tokens: (
+                beam_search(params, self.cfg, self.prompts(params, tokens), beams=settings).tokens
+            )
+        )
+        return lambda: np.asarray(search(self.served, tokens))
 
     def train(self, rows: np.ndarray) -> Callable[[], float]:
         """A call that makes one AdamW step and returns its loss."""
