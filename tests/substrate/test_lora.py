@@ -34,7 +34,7 @@ BASE = TransformerConfig(
 CFG = dataclasses.replace(BASE, lora=Lora(rank=3, alpha=6))
 SMALL = dataclasses.replace(CFG, layers=1)
 B, T = 8, 6
-SIX = ((1, 1, 1, 1), (8, 1, 1, 1), (1, 8, 1, 1), (1, 4, 1, 2), (2, 1, 2, 2), (1, 2, 1, 4))
+SIX = ((2, 2, 1, 2), (8, 1, 1, 1), (1, 8, 1, 1), (1, 4, 1, 2), (2, 1, 2, 2), (1, 2, 1, 4))
 
 
 def random(cfg, learned=True):
