@@ -21,7 +21,7 @@ import numpy as np
 from jaxrepro.config import ROOT, UserError
 from jaxrepro.data import chat, locate, questions
 from jaxrepro.data.questions import Encoder
-from jaxrepro.data.text import load_tokenizer
+from jaxrepro.data.text import Tokenizer, load_tokenizer
 from jaxrepro.models import gguf, transformer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -102,6 +102,14 @@ def test_the_tokenizer_is_that_of_transformers_and_its_template_ours(path, token
         [{"role": "user", "content": text[:9]}], add_generation_prompt=True, tokenize=False
     )
     assert asked == chat.render(text[:9], system=system)
+
+
+def test_the_template_of_a_tokenizer_without_one_writes_our_chat(tokenizer, tmp_path):
+    Tokenizer(tokenizer.backend).save(tmp_path)
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "12 + 3?"}]
+    asked = saved.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert asked == chat.render("12 + 3?", system="Be brief.")
 
 
 def test_the_import_peaks_near_the_size_of_the_parameters(path):
