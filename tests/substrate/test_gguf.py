@@ -1,5 +1,6 @@
 """GGUF files: what a writer of other hands wrote is what is read; damaged files are one line."""
 
+import dataclasses
 import struct
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from jaxrepro import sharding
 from jaxrepro.config import UserError
 from jaxrepro.data import text
-from jaxrepro.models import gguf, transformer
+from jaxrepro.models import gguf, hf, transformer
 from jaxrepro.models.transformer import TransformerConfig
 
 library = pytest.importorskip("gguf")
@@ -43,6 +44,18 @@ def test_weights_and_config_come_back(params, cfg, architecture, tmp_path):
     read = gguf.read_config(path)
     assert read == cfg
     equal(gguf.load(path, read), params[cfg])
+
+
+@pytest.mark.parametrize(("cfg", "architecture"), [(LLAMA, "llama"), (QWEN2, "qwen2")])
+def test_a_folder_of_hugging_face_made_from_the_file_holds_the_same(
+    params, cfg, architecture, tmp_path
+):
+    path = write(tmp_path / "a.gguf", params[cfg], cfg, architecture, kind=KIND.Q8_0)
+    read = gguf.load(path)
+    hf.save(tmp_path / "out", read, gguf.read_config(path))
+    again = hf.read_config(tmp_path / "out")
+    assert dataclasses.replace(again, family=None) == cfg
+    equal(hf.load(tmp_path / "out", again), read)
 
 
 def test_biases_of_a_llama_file_are_untangled_like_its_rows(tmp_path):
