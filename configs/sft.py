@@ -39,7 +39,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
     model.shape = "tiny"  # for --dry_run; tiny is also what is trained where there is no path
     model.dtype = "float32"
     model.remat = "none"
-    config.lora = ConfigDict(dict(rank=0))  # 0: all parameters are trained
+    # rank 0: all parameters are trained; targets: a regular expression on layers/{wq,wk,wv,wo,gate,up,down}
+    config.lora = ConfigDict(dict(rank=0, alpha=16.0, targets="layers/.*", init="kaiming"))
 
     config.data = data = ConfigDict()
     data.path = config_dict.placeholder(str)  # JSONL file, folder, or hub name; else the generator

@@ -10,6 +10,7 @@ pair of answers to one question is one item of the bootstrap.
 No paper stands behind this run: no equation beyond the likelihood, nothing to depart from.
 """
 
+import dataclasses
 import math
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from jaxrepro.config import UserError
 from jaxrepro.data import batches, locate, questions
 from jaxrepro.data.questions import Encoder, Questions
 from jaxrepro.data.text import Tokenizer, closed_vocabulary, load_tokenizer
-from jaxrepro.models import gguf, hf, transformer
+from jaxrepro.models import gguf, hf, lora, transformer
 from jaxrepro.models.scoring import nll
 from jaxrepro.models.transformer import TransformerConfig
 from jaxrepro.rollout.generate import FINISH_EOS, Prompts, Sampling, generate
@@ -53,7 +54,7 @@ class Setting(NamedTuple):
 
     config: Any
     source: Path | None  # folder or GGUF file of the weights; None: from scratch
-    cfg: TransformerConfig
+    cfg: TransformerConfig  # with adapters where there are any
     tokenizer: Tokenizer
     encoder: Encoder
     questions: Questions
@@ -121,9 +122,17 @@ def check(config: Any) -> None:
             "model.path is needed (a folder, a .gguf file, a hub name, smollm2): only the shape tiny "
             "on generated chains is trained from scratch"
         )
-    if config.lora.rank:
-        raise UserError(f"lora.rank={config.lora.rank}: LoRA is not built for this run yet; use 0")
+    adapters(config)
     _optimizer(config)  # refuses an unknown schedule
+
+
+def adapters(config: Any) -> lora.Lora | None:
+    """The adapters of a config; None where all parameters are trained."""
+    return lora.Lora(**config.lora.to_dict()) if config.lora.rank else None
+
+
+def _trainable(cfg: TransformerConfig) -> str | None:
+    return lora.TRAINABLE if cfg.lora else None
 
 
 def _optimizer(config: Any) -> optim.Scheduled:
@@ -144,6 +153,7 @@ def prepare(config: Any) -> Setting:
     else:
         source, tokenizer = None, closed_vocabulary(questions.chain_pieces())
         cfg = geometry(config)
+    cfg = dataclasses.replace(cfg, lora=adapters(config))
     if tokenizer.vocab_size > cfg.vocab:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {cfg.vocab}: not a pair"
@@ -177,15 +187,19 @@ def geometry(config: Any) -> TransformerConfig:
 
 
 def initial(s: Setting) -> Any:
-    """Parameters before the first step: of `init_from`, of `model.path`, or drawn."""
+    """Parameters before the first step: of `init_from`, of `model.path`, or drawn; and fresh adapters."""
+    base, places = dataclasses.replace(s.cfg, lora=None), lora.off(s.shardings)
+    key = jax.random.key(s.config.seed)
     if s.config.init_from:
-        target = transformer.abstract(s.cfg)
-        return checkpoint.load(s.config.init_from, target, shardings=s.shardings)
-    if s.source is None:
-        draw = jax.jit(partial(transformer.init, cfg=s.cfg), out_shardings=s.shardings)
-        return draw(jax.random.key(s.config.seed))
-    read = gguf.load if s.source.suffix == gguf.SUFFIX else hf.load
-    return read(s.source, s.cfg, shardings=s.shardings)
+        params = checkpoint.load(s.config.init_from, transformer.abstract(base), shardings=places)
+    elif s.source is None:
+        params = jax.jit(partial(transformer.init, cfg=base), out_shardings=places)(key)
+    else:
+        read = gguf.load if s.source.suffix == gguf.SUFFIX else hf.load
+        params = read(s.source, base, shardings=places)
+    if s.cfg.lora is None:
+        return params
+    return sharding.place(lora.attach(key, params, base, s.cfg.lora)[0], s.shardings)
 
 
 # Training --------------------------------------------------------------------------------------
@@ -216,7 +230,7 @@ def start(run: Run, s: Setting) -> tuple[State, Any]:
     """The state, resumed or begun, and the compiled step."""
     sft = s.config.sft
     optimizer = optim.optimizer(sft, steps=max(s.config.steps, 1))
-    begin = partial(init_state, optimizer=optimizer)
+    begin = partial(init_state, optimizer=optimizer, trainable=_trainable(s.cfg))
     abstract = jax.eval_shape(begin, transformer.abstract(s.cfg))
     shardings = state_shardings(abstract, s.shardings, s.mesh)
     state = run.restore(
@@ -227,6 +241,7 @@ def start(run: Run, s: Setting) -> tuple[State, Any]:
         optimizer,
         micro_batches=sft.micro_batches,
         max_grad_norm=sft.max_grad_norm,
+        trainable=_trainable(s.cfg),
         shardings=s.shardings if s.mesh.size > 1 else None,
     )
     return state, compile_step(step, shardings)
@@ -234,7 +249,7 @@ def start(run: Run, s: Setting) -> tuple[State, Any]:
 
 def place(s: Setting, arrays: Any) -> Any:
     """A host batch on the mesh: rows over (data, fsdp)."""
-    return jax.device_put(arrays, sharding.batch_sharding(s.mesh, arrays))
+    return sharding.place(arrays, sharding.batch_sharding(s.mesh, arrays))
 
 
 # Answers ---------------------------------------------------------------------------------------
@@ -339,20 +354,24 @@ def sample(
 
 
 def export(config: Any, workdir: Any) -> tuple[Any, TransformerConfig, Any]:
-    """Parameters and config of a trained run, and its tokenizer: the base model's folder, or its own."""
+    """Parameters and config of a trained run, adapters merged, and its tokenizer: the base model's folder,
+    or its own."""
     s, params = trained(config, workdir)
+    params, cfg = lora.merge(params, s.cfg)
     folder = s.source is not None and s.source.is_dir()
-    return params, s.cfg, s.source if folder else s.tokenizer
+    return params, cfg, s.source if folder else s.tokenizer
 
 
 def plan(config: Any) -> memory.Plan:
     """Shapes of a training step, for --dry_run; touches no file, network or device."""
     check(config)
-    cfg, mesh, sft = geometry(config), sharding.abstract_mesh(config.mesh), config.sft
+    cfg = dataclasses.replace(geometry(config), lora=adapters(config))
+    mesh, sft = sharding.abstract_mesh(config.mesh), config.sft
     abstract = transformer.abstract(cfg)
     shardings = sharding.shard_tree(transformer.axes(cfg), abstract, mesh)
     optimizer = _optimizer(config)
-    state = jax.eval_shape(partial(init_state, optimizer=optimizer), abstract)
+    begin = partial(init_state, optimizer=optimizer, trainable=_trainable(cfg))
+    state = jax.eval_shape(begin, abstract)
     opt = memory.sharded(state.opt, state_shardings(state, shardings, mesh).opt)
     b, t = sft.batch, config.data.max_tokens
     ints = jax.ShapeDtypeStruct((b, t), jnp.int32)
@@ -363,6 +382,7 @@ def plan(config: Any) -> memory.Plan:
     return memory.Plan(
         params=memory.sharded(abstract, shardings),
         opt=opt,
+        trainable=_trainable(cfg),
         activations={"decoder": memory.decoder_activations(cfg, rows, t, parts=parts)},
         logits=memory.logits_chunk(cfg.vocab, 1024, parts=mesh.shape["tensor"]),
         batch=memory.sharded(batch, sharding.batch_sharding(mesh, batch)),

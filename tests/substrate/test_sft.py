@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxrepro import cli, config, evaluate, sample
 from jaxrepro.config import UserError
 from jaxrepro.data import batches, locate
-from jaxrepro.models import transformer
+from jaxrepro.models import lora, transformer
 from jaxrepro.train import quiz, sft
 from jaxrepro.train.loop import Run
 
@@ -147,6 +147,22 @@ def test_init_from_starts_where_another_run_ended(finished, small, tmp_path):
     assert "after/test/exact_match" not in again
 
 
+def test_adapters_alone_are_trained_and_export_merges_them(finished, small, tmp_path):
+    c = settings(lora__rank=2, init_from=str(finished[0]))
+    results = sft.run(c, tmp_path / "run")
+    base = parameters(finished[0])
+    _, params = sft.trained(c, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, lora.off(params), base)
+    assert all(np.any(a["b"]) for a in params["layers"]["lora"].values())
+    before = {k: v for k, v in results.items() if k.startswith("before/")}
+    assert before == {f"before/{k[6:]}": v for k, v in finished[1].items() if k[:6] == "after/"}
+    merged, cfg, _ = sft.export(c, tmp_path / "run")
+    assert cfg.lora is None and not lora.has(merged)
+    assert np.any(np.asarray(merged["layers"]["wq"]) != np.asarray(base["layers"]["wq"]))
+    plan = sft.plan(c)
+    assert plan.trainable == lora.TRAINABLE
+
+
 def test_evaluate_and_sample_use_the_trained_model(finished, capsys, monkeypatch):
     folder, results = finished
     monkeypatch.setattr(cli, "setup_jax", lambda: None)
@@ -188,7 +204,8 @@ def test_export_gives_the_parameters_the_config_and_the_tokenizer(finished, tmp_
         ({"data__max_completion": 48}, "leaves no room for a prompt"),
         ({"model__shape": "odd"}, "model.shape='odd' is not one of tiny"),
         ({"data__generator": "gsm_symbolic"}, "model.path is needed"),
-        ({"lora__rank": 8}, "lora.rank=8"),
+        ({"lora__rank": -1}, "lora rank -1 must be at least 1"),
+        ({"lora__rank": 2, "lora__targets": "layers/wx"}, "match none of layers/"),
         ({"sft__schedule": "odd"}, "schedule='odd' is unknown"),
         ({"model__path": "/nowhere/at all"}, "model.path=/nowhere/at all"),
         ({"mesh": (3, 1, 1, 1)}, "takes 3 devices"),
