@@ -72,6 +72,16 @@ def token_ids(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
+def _ids_of(cfg: Config, tokenizer: Any) -> dict[str, int]:
+    """The same of a tokenizer object that says them; {} where the config has its own."""
+    if isinstance(cfg, Qwen2VLConfig):
+        return {}
+    names = {"eos_token_id": "eos", "pad_token_id": "pad"}
+    return {
+        key: getattr(tokenizer, name) for key, name in names.items() if hasattr(tokenizer, name)
+    }
+
+
 def load(
     folder: str | os.PathLike[str],
     cfg: Config,
@@ -148,7 +158,7 @@ def save(
         raise UserError(f"{folder} exists: choose a new folder or remove it")
     copied = _tokenizer_files(tokenizer)
     if ids is None:
-        ids = {} if copied is None else token_ids(tokenizer)
+        ids = token_ids(tokenizer) if copied is not None else _ids_of(cfg, tokenizer)
     entries = _entries(params, cfg, dtype)
     config, generation = _configs(cfg, entries[0].dtype.name, ids)
 

@@ -354,12 +354,10 @@ def sample(
 
 
 def export(config: Any, workdir: Any) -> tuple[Any, TransformerConfig, Any]:
-    """Parameters and config of a trained run, adapters merged, and its tokenizer: the base model's folder,
-    or its own."""
+    """Parameters and config of a trained run, and its tokenizer: the base model's folder, or its own."""
     s, params = trained(config, workdir)
-    params, cfg = lora.merge(params, s.cfg)
     folder = s.source is not None and s.source.is_dir()
-    return params, cfg, s.source if folder else s.tokenizer
+    return params, s.cfg, s.source if folder else s.tokenizer
 
 
 def plan(config: Any) -> memory.Plan:
