@@ -273,8 +273,9 @@ def test_every_advantage_mode_compares_within_its_group(mode):
     assert np.isfinite(value).all() and not np.asarray(value)[0].any()  # unscorable: left out
 
 
-def test_a_finished_run_exports_its_parameters_and_tokenizer(trained, tmp_path):
+def test_a_finished_run_exports_its_parameters_and_tokenizer(trained, tmp_path, monkeypatch):
     out = tmp_path / "model"
+    monkeypatch.setattr(cli, "setup_jax", lambda: None)  # keeps this file's compile cache
     assert cli.guard(export.main, [f"--workdir={trained[0]}", f"--out={out}"]) == 0
     task = run.prepare(config()).task
     equal(hf.load(out, hf.read_config(out)), parameters(trained[0], "rl"))
