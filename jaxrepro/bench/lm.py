@@ -92,11 +92,12 @@ class Ours:
     def __init__(self, params: Any, cfg: Any, shape: Mapping[str, Any]):
         import jax
 
+        from jaxrepro.rollout.generate import for_decode
         from jaxrepro.train import optim, state, step
 
         self.cfg, self.shape = cfg, shape
-        # What serves reads weights in the dtype that it computes in.
-        self.served = jax.tree.map(lambda w: w.astype(cfg.dtype), params)
+        # Laid out once, as the engine does it for all its requests.
+        self.served = jax.jit(partial(for_decode, cfg=cfg))(params)
         self.optimizer = optim.optimizer({"lr": shape["lr"]})
         self.params, self.state = params, None
         self._step = step.compile_step(step.make_step(self.loss, self.optimizer, max_grad_norm=1.0))

@@ -3,8 +3,8 @@
     lp = z_y / T - lse(z / T),    z = h W;    H = lse - sum_j p_j z_j / T    (nats)
     d lp / d z_j = ([j = y] - p_j) / T,    d H / d z_j = -p_j (log p_j + H) / T
 
-Tokens go through in chunks. Forward keeps h and the lse; backward computes the logits again, and
-sums dW in float32. A chunk takes the same number of positions of every batch row, so a batch that
+Tokens go through in chunks. Forward keeps h and the lse; backward computes the logits again (of one
+chunk they are kept) and sums dW in float32. A chunk takes the same number of positions of every batch row, so a batch that
 is sharded stays where it lies.
 """
 
@@ -78,21 +78,19 @@ def _logits(h, head, temperature):
     return z if temperature == 1.0 else z / temperature
 
 
-def _forward(h, head, targets, temperature, entropy):
-    """(lse, lp[, entropy]) of one chunk."""
-    z = _logits(h, head, temperature)
+def _forward(z, targets, entropy):
+    """(lse, lp[, entropy]) of one chunk, from its logits."""
     lse = jax.nn.logsumexp(z, axis=-1)
     picked = jnp.take_along_axis(z, targets[..., None], axis=-1, mode="clip")[..., 0]
     out = (lse, picked - lse)
     return (*out, lse - jnp.sum(jnp.exp(z - lse[..., None]) * z, axis=-1)) if entropy else out
 
 
-def _backward(h, head, targets, g, lse, ent, temperature, parts=1):
+def _backward(z, h, head, targets, g, lse, ent, temperature, parts=1):
     """(dh, dW) of one chunk; g and ent are (g_lp,) and () or (g_lp, g_entropy) and (entropy,).
 
     parts > 1: dW (parts, d, v) is the sum of each part of the rows.
     """
-    z = _logits(h, head, temperature)
     lp = z - lse[..., None]
     p = jnp.exp(lp)
     dz = g[0][..., None] * ((jnp.arange(z.shape[-1]) == targets[..., None]) - p)
@@ -137,26 +135,30 @@ def _scored(hidden, head, targets, temperature, r, entropy):
 
 def _fwd(hidden, head, targets, temperature, r, entropy):
     n, r = _chunks(hidden.shape[1], r)
+    z = None
     if n <= 1:
-        out = _forward(hidden, head, targets, temperature, entropy)
+        z = _logits(hidden, head, temperature)
+        out = _forward(z, targets, entropy)
     else:
         xs = (_split(hidden, n, r), _split(targets, n, r))
-        out = jax.lax.map(lambda x: _forward(x[0], head, x[1], temperature, entropy), xs)
+        one = lambda x: _forward(_logits(x[0], head, temperature), x[1], entropy)
+        out = jax.lax.map(one, xs)
         out = tuple(_join(a, hidden.shape[1]) for a in out)
-    return out[1:], (hidden, head, targets, out[0], out[2:])
+    return out[1:], (z, hidden, head, targets, out[0], out[2:])
 
 
 def _bwd(temperature, r, entropy, saved, g):
-    hidden, head, targets, lse, ent = saved
+    z, hidden, head, targets, lse, ent = saved
     n, r = _chunks(hidden.shape[1], r)
     if n <= 1:
-        dh, dw = _backward(hidden, head, targets, g, lse, ent, temperature)
+        dh, dw = _backward(z, hidden, head, targets, g, lse, ent, temperature)
     else:
         parts = parts_of(hidden.shape[0])
 
         def body(dw, xs):
             h, y, *rest = xs
-            dh, more = _backward(h, head, y, *rest, temperature, parts)
+            z = _logits(h, head, temperature)
+            dh, more = _backward(z, h, head, y, *rest, temperature, parts)
             return dw + more, dh
 
         xs = jax.tree.map(lambda a: _split(a, n, r), (hidden, targets, g, lse, ent))

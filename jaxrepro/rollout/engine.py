@@ -345,7 +345,7 @@ def _prepare_program(cfg, mesh):
         at = sharding.shard_tree(transformer.axes(cfg), transformer.abstract(cfg), mesh, "decode")
         one = jax.tree.map(_behind, at["layers"])
         at = at | {"layers": (one,) * cfg.layers}
-    prepare = lambda old, new: for_decode(new, cfg)
+    prepare = lambda old, new: for_decode(new, cfg, split=mesh is not None)
     return jax.jit(prepare, donate_argnums=0, keep_unused=True, out_shardings=at)
 
 

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from jaxrepro.config import UserError
-from jaxrepro.models import transformer
+from jaxrepro.models import lora, transformer
 from jaxrepro.models.scoring import last
 from jaxrepro.models.transformer import Prefix, TransformerConfig
+from jaxrepro.ops.dense import Flipped, flip
 from jaxrepro.ops.sampling import draw, greedy, truncate
 
 FINISH_EOS = 1
@@ -172,9 +173,19 @@ def generate(
     return Samples(tokens, state.length.reshape(b, n), lp, lp_raw, finish.reshape(b, n))
 
 
-def for_decode(params: dict, cfg: TransformerConfig) -> dict:
-    """Unstacked layers in the compute dtype, cast once and not at every step."""
-    return transformer.unstack(jax.tree.map(lambda w: w.astype(cfg.dtype), params))
+def for_decode(params: dict, cfg: TransformerConfig, *, split: bool | None = None) -> dict:
+    """Unstacked layers in the compute dtype, laid out once and not at every step.
+
+    split: whether a mesh splits the weights (default: the one in force). On one CPU they are flipped
+    (ops/dense.py).
+    """
+    if split is None:
+        split = jax.sharding.get_abstract_mesh().size > 1
+    params = transformer.unstack(jax.tree.map(lambda w: w.astype(cfg.dtype), params))
+    if split or jax.default_backend() != "cpu" or isinstance(params["layers"][0]["wq"], Flipped):
+        return params
+    flipped = lambda layer: {n: flip(layer[n], size) for n, size in lora.PROJECTIONS.items()}
+    return params | {"layers": tuple(layer | flipped(layer) for layer in params["layers"])}
 
 
 def choose(keys, raw, z, sampling, forced=None):
