@@ -329,6 +329,18 @@ def constrain(x, *axes: str | None, mode: str = "train"):
     return jax.lax.with_sharding_constraint(x, spec_for(axes, x.shape, mesh, mode))
 
 
+def on_mesh(mesh, function):
+    """`function`, called with the mesh in force: what it traces is pinned there, for decode by its rules."""
+    if mesh.size == 1:
+        return function
+
+    def call(*args):
+        with jax.set_mesh(mesh):
+            return function(*args)
+
+    return call
+
+
 def parts_of(rows: int) -> int:
     """The number of parts in which the mesh in force (`jax.set_mesh`) splits this many rows."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -37,7 +37,7 @@ FIELDS = (("problem", "solution"), ("question", "answer"))
 SUBSETS = {"openai/gsm8k": "main"}  # where the hub wants one named and there is an obvious one
 LARGEST = 30  # of the partial results of a chain
 _CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's notes to a calculator
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?")
 
 
 class Questions(NamedTuple):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
+from jaxrepro import sharding
 from jaxrepro.config import UserError
 from jaxrepro.models import lora, transformer
 from jaxrepro.models.scoring import last
@@ -176,12 +177,19 @@ def generate(
 def for_decode(params: dict, cfg: TransformerConfig, *, split: bool | None = None) -> dict:
     """Unstacked layers in the compute dtype, laid out once and not at every step.
 
-    split: whether a mesh splits the weights (default: the one in force). On one CPU they are flipped
+    split: whether a mesh splits the weights (default: the one in force, whose decode rules then pin
+    them: a layer gathered at every token would cost more than the token). On one CPU they are flipped
     (ops/dense.py).
     """
+    params = jax.tree.map(lambda w: w.astype(cfg.dtype), params)
     if split is None:
         split = jax.sharding.get_abstract_mesh().size > 1
-    params = transformer.unstack(jax.tree.map(lambda w: w.astype(cfg.dtype), params))
+        if split and not isinstance(params["layers"], tuple):
+            axes = transformer.axes(cfg)
+            axes = axes if lora.has(params) else lora.off(axes)
+            pin = lambda w, names: sharding.constrain(w, *names, mode="decode")
+            params = jax.tree.map(pin, params, axes)
+    params = transformer.unstack(params)
     if split or jax.default_backend() != "cpu" or isinstance(params["layers"][0]["wq"], Flipped):
         return params
     flipped = lambda layer: {n: flip(layer[n], size) for n, size in lora.PROJECTIONS.items()}

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrepro import sharding
+from jaxrepro import distributed, sharding
 from jaxrepro.config import UserError
 from jaxrepro.data import batches, locate, questions
 from jaxrepro.data.questions import Encoder, Questions
@@ -35,6 +35,7 @@ from jaxrepro.train.state import State, init_state, state_shardings
 from jaxrepro.train.step import compile_step, make_step
 
 STAGE = "sft"
+TRIED = 256  # generated items whose length is looked at before anything runs
 # Shapes for --dry_run, and of the model that is trained from scratch.
 SHAPES = {
     "tiny": dict(
@@ -67,11 +68,15 @@ def run(
 ) -> dict[str, float]:
     """Fine-tune in `workdir`, answer held-out questions before and after; what summary.json holds."""
     check(config)
-    sharding.check_batches(sharding.abstract_mesh(config.mesh, devices=jax.device_count()), **{"sft.batch": config.sft.batch})  # fmt: skip
+    mesh = sharding.abstract_mesh(config.mesh, devices=jax.device_count())
+    sharding.check_batches(mesh, **{"sft.batch": config.sft.batch})
+    s = prepare(config)  # what is refused leaves no workdir behind
+    _within(s, config.data.max_tokens, "data.max_tokens")
+    if isinstance(s.questions.train, batches.Generated):  # has no end that could be filtered
+        s.encoder.sft([s.questions.train[i] for i in range(TRIED)])
     with Run(config, workdir, resume=resume, profile=profile) as run:
         if run.finished:
             return run.results
-        s = prepare(config)
         examine = examiner(s, s.questions.test)
         # Measured from the start itself: after a resume the state is another one.
         before = run.once(
@@ -79,16 +84,16 @@ def run(
             lambda: examine(initial(s), "before/test/"),
             of=[config.eval.n, config.data.path],
         )
-        print(f"before: {quiz.line(before['rates'], 'before/test/')}", flush=True)
+        run.say(f"before: {quiz.line(before['rates'], 'before/test/')}")
         if not config.steps:
             return run.summary(before["rates"])
         params = train(run, s)
         after = examine(params, "after/test/")
         results = before["rates"] | after["rates"] | quiz.gain(before, after)
-        quiz.write(run, s.questions.test, before, after)
+        distributed.first(lambda: quiz.write(run, s.questions.test, before, after))
         run.summary(results)
-        print(f"after: {quiz.line(results, 'after/test/')}", flush=True)
-        print(quiz.verdict(results), flush=True)
+        run.say(f"after: {quiz.line(results, 'after/test/')}")
+        run.say(quiz.verdict(results))
         return run.results
 
 
@@ -122,8 +127,19 @@ def check(config: Any) -> None:
             "model.path is needed (a folder, a .gguf file, a hub name, smollm2): only the shape tiny "
             "on generated chains is trained from scratch"
         )
+    if not sft.max_grad_norm >= 0:
+        raise UserError(
+            f"sft.max_grad_norm={sft.max_grad_norm}; use a number above 0, or 0 for no clipping"
+        )
     adapters(config)
     _optimizer(config)  # refuses an unknown schedule
+
+
+def _within(s: Setting, tokens: int, what: str) -> None:
+    if tokens > s.cfg.max_positions:
+        raise UserError(
+            f"{what}: {tokens} tokens, but the model was made for {s.cfg.max_positions}; use fewer"
+        )
 
 
 def adapters(config: Any) -> lora.Lora | None:
@@ -264,6 +280,7 @@ def sampler(s: Setting, *, n: int = 1, temperature: float = 0.0) -> Any:
         temperature=temperature,
     )
 
+    @partial(sharding.on_mesh, s.mesh)
     @jax.jit
     def draw(params: Any, rows: Any, ids: Any, key: Any) -> Any:
         x = transformer.embed(params, s.cfg, rows.tokens)
@@ -275,6 +292,7 @@ def sampler(s: Setting, *, n: int = 1, temperature: float = 0.0) -> Any:
 
     def call(params: Any, examples: Any, key: Any) -> list[tuple[str, bool]]:
         longest = max(len(s.encoder.prompt(e)) for e in examples)
+        _within(s, longest + s.config.data.max_completion, "prompt and data.max_completion")
         length = -(-longest // 32) * 32
         parts = sharding.row_parts(s.mesh)
         size = -(-min(s.config.eval.batch, len(examples)) // parts) * parts

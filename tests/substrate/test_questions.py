@@ -67,6 +67,8 @@ def test_spaces_do_not_move_a_text_to_the_other_side(text, n):
         ("so 3 + 4 is 7.", "7"),
         ("it costs $1,200.50, all in all", "1,200.50"),
         ("it is -5", "-5"),
+        ("between 3-7", "7"),
+        ("in all 9-4", "4"),
         ("nothing", None),
         ("#### ", None),
     ],

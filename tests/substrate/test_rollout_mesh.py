@@ -1,6 +1,7 @@
 """On every mesh, generate and the engine give the tokens and log-probabilities of one device."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ SAMPLING = Sampling(max_new=5, eos=(1,), temperature=0.9)
 # data, fsdp, sequence, tensor; at tensor 4 the two kv heads are replicated
 SHAPES = ((2, 2, 1, 2), (8, 1, 1, 1), (1, 8, 1, 1), (2, 1, 2, 2), (1, 2, 1, 4), (1, 1, 4, 2))
 KEY = jax.random.key(3)
+MOVES = re.compile(r" = (f32|\(f32).* all-(gather|reduce)(-start)?\(")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,28 @@ def test_generate_on_a_mesh(params, requests, single, shape):
     with jax.set_mesh(mesh):
         out = run(sharding.place(params, at), sharding.place(batch, rows))
     check(sharding.fetch(out), single)
+
+
+def test_decoding_with_weights_as_training_splits_them_gathers_none_of_them_at_every_token(
+    params, requests
+):
+    mesh = sharding.make_mesh((2, 4, 1, 1))
+    at = sharding.shard_tree(transformer.axes(CFG), params, mesh, "train")
+    tokens = np.stack([np.resize(r.prompt, 8) for r in requests]).astype(np.int32)
+    rows = sharding.batch_sharding(mesh)
+
+    def run(params, tokens):
+        x = transformer.embed(params, CFG, tokens)
+        everywhere = jnp.ones(tokens.shape, jnp.int32)
+        prompts = Prompts(x, jnp.cumsum(everywhere, 1) - 1, everywhere, jnp.full(8, 8))
+        ids = jnp.arange(8)
+        return generate(params, CFG, prompts, request_ids=ids, key=KEY, sampling=SAMPLING, n=1)
+
+    compiled = sharding.on_mesh(mesh, jax.jit(run).lower)
+    compiled = compiled(sharding.place(params, at), sharding.place(tokens, rows)).compile()
+    moved = [line for line in compiled.as_text().splitlines() if MOVES.search(line)]
+    assert moved, "nothing is gathered at all: the weights were not split"
+    assert not [line for line in moved if "while/body" in line]
 
 
 SOME = [SHAPES[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SHAPES[1:4]), SHAPES[4]]

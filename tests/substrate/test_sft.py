@@ -133,6 +133,18 @@ def test_the_loss_is_the_mean_over_answer_tokens_of_the_whole_batch(small):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(2, 2, 1, 2), (1, 2, 2, 2), (1, 4, 1, 2)])
+def test_a_run_on_a_mesh_is_that_of_one_device(finished, small, tmp_path, mesh):
+    losses = lambda folder: [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    results = sft.run(settings(mesh=mesh), tmp_path)
+    np.testing.assert_allclose(losses(tmp_path), losses(finished[0]), rtol=1e-5)
+    assert results["after/test/exact_match"] == finished[1]["after/test/exact_match"]
+    assert (tmp_path / "samples.md").read_text() == (finished[0] / "samples.md").read_text()
+
+
+@pytest.mark.slow
 def test_every_mesh_gives_the_loss_and_gradient_of_one_device():
     s = sft.prepare(settings())
     rows = batches.dataset(s.questions.train, s.encoder.sft, batch=8)[0].arrays
@@ -207,6 +219,9 @@ def test_export_gives_the_parameters_the_config_and_the_tokenizer(finished, tmp_
         ({"lora__rank": 2, "lora__targets": "layers/wx"}, "match none of layers/"),
         ({"sft__schedule": "odd"}, "schedule='odd' is unknown"),
         ({"model__path": "/nowhere/at all"}, "model.path=/nowhere/at all"),
+        ({"sft__max_grad_norm": float("nan")}, "sft.max_grad_norm=nan; use a number above 0"),
+        ({"data__max_completion": 24}, "longer than data.max_tokens=48 or data.max_completion=24"),
+        ({"data__max_tokens": 40_000}, "40000 tokens, but the model was made for 32768"),
         ({"mesh": (3, 1, 1, 1)}, "takes 3 devices"),
         ({"mesh": (8, 1, 1, 1)}, "sft.batch=4 does not divide over data"),
     ],
@@ -214,7 +229,7 @@ def test_export_gives_the_parameters_the_config_and_the_tokenizer(finished, tmp_
 def test_settings_that_cannot_work_are_one_line(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         sft.run(settings(**changes), tmp_path / "w")
-    assert not list(tmp_path.glob("w/checkpoints/*"))
+    assert not list(tmp_path.iterdir()), "a corrected command would find a run of another config"
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,7 @@ def sampler(s: Setting, *, n: int, temperature: float, max_new: int | None = Non
         top_k=top_k or 0,
     )
 
+    @partial(sharding.on_mesh, s.mesh)
     @jax.jit
     def draw(params: Any, batch: Any, ids: Any, key: Any) -> Samples:
         rows = batch["prompts"]

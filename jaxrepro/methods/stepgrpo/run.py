@@ -147,7 +147,7 @@ def check(config: Any) -> None:
             f"eval.validation_n={config.eval.validation_n}, but sft.stop_accuracy or eval.every wants "
             "a validation accuracy; use 1 or more, or set both to 0"
         )
-    if config.rl.max_grad_norm < 0:
+    if not config.rl.max_grad_norm >= 0:
         raise UserError(f"rl.max_grad_norm={config.rl.max_grad_norm}; use 0 for no clipping")
     for stage in ("base", "sft", "rl"):
         total = config.steps if stage == "rl" else config[stage].steps
@@ -264,7 +264,7 @@ def reinforce(run: Run, s: Setting, params: Any) -> Any:
     reference = jax.tree.map(jnp.copy, params)  # the stage's state gives its buffers away
     state, step = start(run, s, "rl", rl, config.steps, lambda: params, rl_loss)
     sample = sampler(s, n=rl.samples, temperature=rollout_temperature(s))
-    log_probs = jax.jit(partial(policy_log_probs, s=s))
+    log_probs = sharding.on_mesh(s.mesh, jax.jit(partial(policy_log_probs, s=s)))
     pay = dict(alpha=rl.alpha, gate=s.behaviour.gate, arm=config.arm)
     data = s.task.batches("rl", rl.batch, seed=config.seed, solutions=False)
     validate = validator(s) if config.eval.every else None
