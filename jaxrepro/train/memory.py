@@ -80,15 +80,17 @@ def kv_cache(cfg, rows: int, length: int, sharding=None):
 def decoder_activations(cfg, rows: int, length: int, *, parts: int = 1) -> dict[str, Any]:
     """What the backward pass of a decoder keeps for `rows` x `length` tokens.
 
-    With remat "full" a layer keeps its input, and one layer at a time keeps everything; "dots" keeps
+    With remat "full" a layer keeps its input, and one layer at a time keeps everything; "names" keeps
+    queries, keys, values, what attention makes of them and the input of the feed-forward layer; "dots"
     the results of matrix products; "none" everything, attention weights (float32) too. `parts`: the
     number of devices that share the rows (data * fsdp * sequence).
     """
     tokens = -(-rows * length // parts)
     width = (cfg.heads + 2 * cfg.kv) * cfg.head_dim
-    dots = width + cfg.heads * cfg.head_dim + 2 * cfg.d + 2 * cfg.ffn
+    names = width + cfg.heads * cfg.head_dim + cfg.d
+    dots = names + cfg.d + 2 * cfg.ffn
     everything = dots + 4 * cfg.d + 2 * cfg.ffn
-    kept = {"none": everything, "dots": dots, "full": 0}[cfg.remat]
+    kept = {"none": everything, "dots": dots, "names": names, "full": 0}[cfg.remat]
     weights = cfg.layers if cfg.remat == "none" else 1
     dtype = jnp.dtype(cfg.dtype)
     shape = lambda *s, dtype=dtype: jax.ShapeDtypeStruct(s, dtype)
@@ -102,11 +104,11 @@ def decoder_activations(cfg, rows: int, length: int, *, parts: int = 1) -> dict[
 
 def vision_activations(cfg, rows: int, patches: int, *, parts: int = 1) -> dict[str, Any]:
     """What the backward pass of a vision tower keeps for `rows` images of `patches` patches; `remat`
-    and `parts` as in `decoder_activations`."""
+    and `parts` as in `decoder_activations`, but the tower has none of the names: "names" keeps inputs."""
     rows = -(-rows // parts)
     dots = 5 * cfg.embed + cfg.mlp
     everything = dots + 4 * cfg.embed + cfg.mlp
-    kept = {"none": everything, "dots": dots, "full": 0}[cfg.remat]
+    kept = {"none": everything, "dots": dots, "names": 0, "full": 0}[cfg.remat]
     weights = cfg.depth if cfg.remat == "none" else 1
     dtype = jnp.dtype(cfg.dtype)
     shape = lambda *s, dtype=dtype: jax.ShapeDtypeStruct(s, dtype)
