@@ -24,12 +24,14 @@ class Scheduled(optax.GradientTransformation):
 def decays(params):
     """Tree of bools: True where weight decay applies, i.e. not on biases, norms and vectors.
 
-    By name as well as by rank: a stacked norm is a matrix of (layers, d).
+    By name as well as by rank: a stacked norm is a matrix of (layers, d). Under `lora/` everything is a
+    matrix: there `b` is no bias.
     """
 
     def one(keys, x):
-        named = any(_NO_DECAY.fullmatch(path_of((key,)).lower()) for key in keys)
-        return len(x.shape) >= 2 and not named
+        names = [path_of((key,)).lower() for key in keys]
+        spared = "lora" not in names and any(map(_NO_DECAY.fullmatch, names))
+        return len(x.shape) >= 2 and not spared
 
     return jax.tree_util.tree_map_with_path(one, params)
 

@@ -198,6 +198,13 @@ def test_decay_spares_norms_and_biases_also_when_layers_are_stacked():
     assert decayed == {"embed", "wq", "kernel", "blocks"}
 
 
+def test_both_matrices_of_an_adapter_decay():
+    adapter = {"a": jnp.ones((2, 8, 4)), "b": jnp.ones((2, 4, 8))}
+    params = {"layers": {"bq": jnp.ones((2, 8)), "lora": {"wq": adapter}}}
+    found = optim.decays(params)["layers"]
+    assert found == {"bq": False, "lora": {"wq": {"a": True, "b": True}}}
+
+
 def test_schedules_warm_up_and_end_where_they_say():
     for name, middle in [("constant", 1.0), ("linear", 0.55), ("cosine", 0.55)]:
         f = optim.schedule(name, 1.0, 10, warmup=2, end=0.1)
