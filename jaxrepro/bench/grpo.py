@@ -4,14 +4,12 @@ Both sides have the same weights, images, prompts and completions, and nobody st
 completion has `new` tokens. The step is that of methods/stepgrpo/objective.py: log-probs of policy and
 frozen reference, k3 penalty, clip by the global norm, AdamW, vision tower included.
 
-`--shape=2b` has the true shapes of Qwen2-VL-2B with random weights, for one 80 GB GPU or more: sampling,
-step and peak memory, without a peer.
+`--shape=2b`, the default on a GPU, has the true shapes of Qwen2-VL-2B with random weights, for one 80 GB
+GPU or more: sampling, step and peak memory, without a peer.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -66,6 +64,7 @@ SHAPES = {
         "peer": False,
     },
 }
+GPU_SHAPE = "2b"
 
 
 class Batch(NamedTuple):
@@ -242,9 +241,6 @@ class Ours:
 
 def bench(shape: Mapping[str, Any], rounds: int) -> harness.Report:
     """Tokens/s of sampling and seconds of a step."""
-    # torch's threads wait for each other spinning, which starves them on a busy machine
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
     from jaxrepro.models import qwen2_vl
@@ -258,11 +254,7 @@ def bench(shape: Mapping[str, Any], rounds: int) -> harness.Report:
         f"{int(batch.grid.prod()) // cfg.vision.merge**2} are an image, {shape['new']} new tokens each",
     ]
     rollout, train, packages = {}, {}, ()
-    if (
-        shape["peer"]
-        and importlib.util.find_spec("torch")
-        and importlib.util.find_spec("transformers")
-    ):
+    if harness.has_peer(shape, notes):
         from jaxrepro.bench._grpo_torch import Peer
 
         peer = Peer(params, cfg, batch, dict(shape), results.cores())
@@ -278,10 +270,6 @@ def bench(shape: Mapping[str, Any], rounds: int) -> harness.Report:
             "'by hand' embeds image and prompt once a question and repeats the cache.",
             "jaxrepro runs the prompt once a question in the gradient step too, which torch's rows repeat.",
         ]
-    elif shape["peer"]:
-        notes.append(
-            "torch is not installed: jaxrepro alone. `pip install torch==2.13.0` adds the peer."
-        )
     ours = Ours(params, cfg, batch, shape)
     del params
     rollout["jaxrepro"], train["jaxrepro"] = ours.generate, ours.step

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import pkgutil
@@ -76,7 +77,7 @@ def group(
     unit: str,
     timings: Mapping[str, Timing],
     *,
-    work: float | None = None,
+    work: float | int | None = None,
     peers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """One table: `work` / seconds (a rate) or, without `work`, the seconds themselves.
@@ -139,14 +140,42 @@ def stale(data: Mapping[str, Any]) -> str:
     return ""
 
 
+def default_shape(module: ModuleType) -> str:
+    """The shape that runs where none is named: on a GPU the module's GPU_SHAPE, else its first."""
+    import jax
+
+    first = next(iter(module.SHAPES))
+    return getattr(module, "GPU_SHAPE", first) if jax.default_backend() == "gpu" else first
+
+
+def has_peer(shape: Mapping[str, Any], notes: list[str]) -> bool:
+    """Whether torch runs beside us; where the shape has a peer and it does not, a note says why."""
+    import jax
+
+    if not shape["peer"]:
+        return False
+    if jax.default_backend() != "cpu":
+        notes.append("the peer runs on CPUs only: jaxrepro alone on this device")
+        return False
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
+        notes.append(
+            "torch is not installed: jaxrepro alone. `pip install torch==2.13.0` adds the peer."
+        )
+        return False
+    return True
+
+
 def run(name: str, shape: str | None = None, rounds: int = 5) -> dict[str, Any]:
     """Runs a benchmark; the content of its JSON file."""
+    # torch's threads wait for each other spinning, which starves them on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # read when jax starts
     module = load(name)
-    shape = shape or next(iter(module.SHAPES))
-    if shape not in module.SHAPES:
-        raise UserError(f"--shape={shape} is unknown; {name} has {', '.join(module.SHAPES)}")
     if rounds < 1:
         raise UserError(f"--rounds={rounds} is not possible; 1 is the least")
+    shape = shape or default_shape(module)
+    if shape not in module.SHAPES:
+        raise UserError(f"--shape={shape} is unknown; {name} has {', '.join(module.SHAPES)}")
     start, busy = time.monotonic(), list(os.getloadavg())
     report = module.bench(module.SHAPES[shape], rounds)
     device = results.device()
@@ -194,7 +223,9 @@ def main(argv: Sequence[str]) -> None:
 
     parser = flags.FlagValues()
     text = {"flag_values": parser}
-    flags.DEFINE_string("shape", None, "sizes to run; default: the benchmark's first", **text)
+    flags.DEFINE_string(
+        "shape", None, "sizes to run; default: the benchmark's for this device", **text
+    )
     flags.DEFINE_integer("rounds", 5, "interleaved rounds", **text)
     flags.DEFINE_bool("json", False, "print the JSON instead of the tables", **text)
     flags.DEFINE_string("results", str(ROOT / "results"), "folder to write to", **text)

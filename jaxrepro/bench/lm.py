@@ -1,9 +1,10 @@
 """A language model used as post-training uses it: greedy decoding, beam search, a training step.
 
 Shape "smollm2" is SmolLM2-135M on a CPU beside transformers on torch: the same weights (random: time
-does not depend on them) and prompts, and nobody stops early. Shape "qwen2_1_5b" has the sizes of
-Qwen2.5-1.5B for one GPU, without a peer: decoding as a share of what the memory's bandwidth allows, and
-training as a share of what matrix products reach. Both limits are measured in the same run:
+does not depend on them) and prompts, and nobody stops early. Shape "qwen2_1_5b", the default on a GPU,
+has the sizes of Qwen2.5-1.5B for one of them, without a peer: decoding as a share of what the memory's
+bandwidth allows, and training as a share of what matrix products reach. Both limits are measured in the
+same run; model FLOPs utilisation (MFU, arXiv:2204.02311) takes the data sheet's peak instead.
 
     floor of a decode step = (bytes of the weights + rows * context * bytes of a token's keys and values)
                              / bandwidth of a copy
@@ -13,8 +14,7 @@ training as a share of what matrix products reach. Both limits are measured in t
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -72,6 +72,11 @@ SHAPES = {
         "limits": True,
     },
 }
+GPU_SHAPE = "qwen2_1_5b"
+# FLOP/s by device kind. NVIDIA data sheets, dense bfloat16 (theirs with sparsity is twice as much). The
+# PCIe and NVL cards of Hopper clock lower and are left out.
+PEAKS = {r"H[12]00(?!.*(PCIe|NVL))": 989e12, "A100": 312e12}
+LIMIT = "share of the limit"
 
 
 def config(shape: Mapping[str, Any]) -> Any:
@@ -201,7 +206,7 @@ def floor_seconds(cfg: Any, rows: int, context: float, bandwidth: float) -> floa
     return (transformer.count(cfg) * size + rows * context * cache) / bandwidth
 
 
-def step_flops(cfg: Any, rows: int, length: int) -> float:
+def step_flops(cfg: Any, rows: int, length: int) -> int:
     """Floating-point operations of a training step, recomputation not counted."""
     from jaxrepro.models import transformer
 
@@ -210,11 +215,13 @@ def step_flops(cfg: Any, rows: int, length: int) -> float:
     return 6 * transformer.count(cfg) * tokens + attention
 
 
+def peak_flops(kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device by its data sheet; None for one that is not known here."""
+    return next((peak for pattern, peak in PEAKS.items() if re.search(pattern, kind)), None)
+
+
 def bench(shape: Mapping[str, Any], rounds: int) -> harness.Report:
     """Tokens/s of decoding and beam search, seconds of a training step."""
-    # torch's threads wait for each other spinning, which starves them on a busy machine
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
     from jaxrepro.models import transformer
@@ -237,7 +244,7 @@ def bench(shape: Mapping[str, Any], rounds: int) -> harness.Report:
         if found:
             context = shape["prompt"] + new / 2
             floor = new * floor_seconds(cfg, rows, context, found["bytes"])
-            groups.append(_share(f"greedy, {rows} rows", groups[-1], floor))
+            groups.append(_share(groups[-1], floor, LIMIT))
     rows, beams, new = shape["beam"]
     tokens = prompts(cfg, rows, shape["prompt"])
     cases = {"torch, generate": peer.beam(tokens, beams, new)} if peer else {}
@@ -251,11 +258,18 @@ def bench(shape: Mapping[str, Any], rounds: int) -> harness.Report:
     what = f"training step, {rows} x {length} tokens"
     groups.append(harness.group(what, "s", timed, peers=list(cases)[:-1]))
     if found:
-        groups.append(_share(what, groups[-1], step_flops(cfg, rows, length) / found["flops"]))
-        notes.append(
+        step, flops = groups[-1], step_flops(cfg, rows, length)
+        groups.append(_share(step, flops / found["flops"], LIMIT))
+        notes += [
             f"measured limits: copy {found['bytes'] / 1e12:.2f} TB/s, bfloat16 matrix product "
-            f"{found['flops'] / 1e12:.0f} TFLOP/s"
-        )
+            f"{found['flops'] / 1e12:.0f} TFLOP/s",
+            "decoding's time includes the prompts, its floor does not",
+        ]
+        if sheet := peak_flops(jax.devices()[0].device_kind):
+            groups.append(_share(step, flops / sheet, "MFU"))
+            notes.append(
+                f"MFU is against {sheet / 1e12:.0f} TFLOP/s, the data sheet's dense bfloat16"
+            )
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if peak:
         notes.append(f"peak device memory of jaxrepro: {peak / 2**30:.1f} GiB")
@@ -267,23 +281,18 @@ def _decoded(what: str, cases: Mapping[str, Any], rounds: int, made: int) -> dic
     return harness.group(what, "tokens/s", timed, work=made, peers=list(cases)[:-1])
 
 
-def _share(what: str, group: Mapping[str, Any], least: float) -> dict[str, Any]:
+def _share(group: Mapping[str, Any], least: float, unit: str) -> dict[str, Any]:
     """Another table of the same calls: the least seconds that they could take, over those they took."""
     timed = {
         case["case"]: harness.Timing(case["first_s"], tuple(case["seconds"]))
         for case in group["cases"]
     }
-    return harness.group(what, "share of the limit", timed, work=least)
+    return harness.group(group["what"], unit, timed, work=least)
 
 
 def _peer(params: Any, cfg: Any, shape: Mapping[str, Any], notes: list[str]) -> tuple[Any, tuple]:
     """The torch model with our weights, or None; and the packages it is made of."""
-    if not shape["peer"]:
-        return None, ()
-    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
-        notes.append(
-            "torch is not installed: jaxrepro alone. `pip install torch==2.13.0` adds the peer."
-        )
+    if not harness.has_peer(shape, notes):
         return None, ()
     from jaxrepro.bench._lm_torch import Peer
 

@@ -117,6 +117,26 @@ def test_an_unknown_benchmark_names_the_known_ones(capsys):
     assert "benchmark 'nothing' does not exist; there are" in capsys.readouterr().err
 
 
+def test_a_gpu_runs_the_shape_that_is_made_for_it(monkeypatch):
+    for backend, wanted in [("gpu", ["2b", "qwen2_1_5b"]), ("cpu", ["tiny", "smollm2"])]:
+        monkeypatch.setattr("jax.default_backend", lambda backend=backend: backend)
+        assert [harness.default_shape(harness.load(n)) for n in ("grpo", "lm")] == wanted
+
+
+def test_a_benchmark_without_a_shape_for_gpus_runs_its_first(fake, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert harness.run("fake")["shape"] == "small"
+
+
+def test_a_peer_stays_away_from_an_accelerator_and_one_note_says_so(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    for backend, peer, said in [("cpu", True, 0), ("gpu", True, 1), ("gpu", False, 0)]:
+        monkeypatch.setattr("jax.default_backend", lambda backend=backend: backend)
+        notes = []
+        assert harness.has_peer({"peer": peer}, notes) == (peer and not said)
+        assert len(notes) == said and all("CPUs only" in note for note in notes)
+
+
 @pytest.mark.parametrize(
     ("device", "slug"),
     [
