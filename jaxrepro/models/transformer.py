@@ -276,7 +276,9 @@ def pack(kv: KV) -> Packed:
 
 def embed(params: dict, cfg: TransformerConfig, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
     """Token embeddings in cfg.dtype."""
-    return params["embed"][tokens].astype(cfg.dtype)
+    # the table's d is whole for the lookup, as a weight's is; else XLA gives every device all rows
+    w = constrain(params["embed"], "vocab", None)
+    return constrain(w[tokens].astype(cfg.dtype), *ACTIVATION)
 
 
 def head(params: dict, cfg: TransformerConfig) -> Float[Array, "d v"]:

@@ -147,10 +147,11 @@ def test_fsdp_splits_parameters_and_moments_evenly():
     assert small < 0.02 * whole(state.params)  # norms and biases alone
 
 
-def test_fsdp_gathers_weights_and_leaves_activations_where_they_are():
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 2, 1, 2)])
+def test_fsdp_gathers_weights_and_leaves_activations_where_they_are(shape):
     """Without pinned activations XLA splits d instead of the rows: each device then has all rows."""
     rows, length, cfg = 16, 96, model(d=64, ffn=128, layers=8, remat="full")
-    _, abstract, text = lowered((1, 8, 1, 1), cfg, rows=rows, length=length)
+    _, abstract, text = lowered(shape, cfg, rows=rows, length=length)
     found = [
         (name, size)
         for name, sizes in collectives(text)
@@ -159,11 +160,15 @@ def test_fsdp_gathers_weights_and_leaves_activations_where_they_are():
     ]
     tensors = {tuple(x.shape) for x in jax.tree.leaves(abstract.params)}
     tensors |= {x.shape[1:] for x in jax.tree.leaves(abstract.params["layers"])}
-    weights = {int(np.prod(shape)) for shape in tensors}
-    device = rows * length * cfg.d // 8  # numbers of the activations of one device
-    assert device not in weights and 8 * device not in weights
+    weights = {int(np.prod(s)) // n for s in tensors for n in (1, shape[3])}
+    parts = shape[0] * shape[1]
+    device = rows * length * cfg.d // parts  # numbers of the activations of one device
+    assert device not in weights and parts * device not in weights
     for name, size in found:
-        assert int(np.prod(size)) < device or int(np.prod(size)) in weights, (name, size)
+        numbers = int(np.prod(size))
+        summed = shape[3] > 1 and name == "all-reduce" and numbers == device  # a product over heads
+        assert numbers < device or numbers in weights or summed, (name, size)
+    assert f"[{rows},{length}," not in text  # nobody has all rows
     large = {name for name, size in found if int(np.prod(size)) in weights}
     assert "all-gather" in large and large & {"all-reduce", "reduce-scatter"}
     # the head's gradient is added up over devices once, and not at every chunk of log-probabilities
