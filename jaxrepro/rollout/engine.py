@@ -373,26 +373,21 @@ def _behind(s: NamedSharding) -> NamedSharding:
 # --- agreement of sampler and trainer --------------------------------------------------------
 
 
-def sampler_gap(lp_raw, lp_train, length) -> dict[str, Any]:
-    """Mean and max |difference| in nats of two log-probabilities of each token, (b, n, t) each.
-
-    lp_train: what the training graph gives the same tokens (models.scoring). The difference is what
-    separates the policy that sampled from the one that is trained: precision, kernels, stale weights.
-    """
-    real = jnp.arange(lp_raw.shape[-1]) < jnp.asarray(length)[..., None]
-    gap = jnp.where(real, jnp.abs(jnp.asarray(lp_raw) - lp_train), 0.0)
-    return {"sampler_gap": gap.sum() / jnp.maximum(real.sum(), 1), "sampler_gap_max": gap.max()}
-
-
 def measure_gap(
     params: dict,
     cfg: TransformerConfig,
     requests: Sequence[Request],
     completions: Sequence[Completion],
 ) -> dict[str, float]:
-    """`sampler_gap` of completions of token prompts of one n, scored anew as training does."""
+    """Mean and largest gap over the tokens of completions, scored anew as training does.
+
+    A gap is |log-prob of the training graph - lp_raw| in nats: what separates the policy that sampled
+    from the one that is trained, be it precision, kernels or stale weights. Token prompts, all of one n.
+    """
     if any(isinstance(r.prompt, Embedded) for r in requests):
-        raise UserError("measure_gap takes token prompts; score embeddings and call sampler_gap")
+        raise UserError(
+            "measure_gap takes token prompts; score embeddings and call rl.surrogates.sampler_gap"
+        )
     many = [len(row) for c in completions for row in c.tokens]
     out = plain.samples(completions, bucket(max(many)))
     t = bucket(max(len(r.prompt) for r in requests), SMALLEST)
@@ -401,7 +396,9 @@ def measure_gap(
         tokens[row, : len(r.prompt)], real[row, : len(r.prompt)] = r.prompt, 1
     prompts = Prompts(tokens, np.broadcast_to(np.arange(t), tokens.shape), real, real.sum(-1))
     lp = _score(params, cfg, prompts, out.tokens, out.length)
-    return {k: float(v) for k, v in sampler_gap(out.lp_raw, lp, out.length).items()}
+    real = np.arange(lp.shape[-1]) < out.length[..., None]
+    gap = np.abs(out.lp_raw - np.asarray(lp))[real]
+    return {"sampler_gap": float(gap.mean()), "sampler_gap_max": float(gap.max())}
 
 
 @partial(jax.jit, static_argnames="cfg")

@@ -14,7 +14,7 @@ from jaxrepro.models import transformer
 from jaxrepro.models.transformer import TransformerConfig
 from jaxrepro.rollout import engine as engines
 from jaxrepro.rollout import stops
-from jaxrepro.rollout.engine import Embedded, Engine, Request, measure_gap, sampler_gap
+from jaxrepro.rollout.engine import Embedded, Engine, Request, measure_gap
 from jaxrepro.rollout.generate import (
     FINISH_EOS,
     FINISH_LENGTH,
@@ -156,8 +156,13 @@ def test_recorded_log_probs_equal_the_training_graph_and_a_gap_shows(params, req
     assert gap["sampler_gap_max"] < 1e-5
     stale = measure_gap(make_params(5), CFG, requests, plain[0])
     assert stale["sampler_gap_max"] > stale["sampler_gap"] > 0.05
-    by_hand = sampler_gap(jnp.ones((1, 1, 3)), jnp.asarray([[[1.0, 3.0, 9.0]]]), jnp.asarray([[2]]))
-    assert by_hand["sampler_gap"] == 1.0 and by_hand["sampler_gap_max"] == 2.0
+    first = lambda lp: lp + 2.0 * (np.arange(len(lp)) == 0)  # 2 nats at one token of each sample
+    moved = [dataclasses.replace(c, lp_raw=tuple(map(first, c.lp_raw))) for c in plain[0]]
+    gap = measure_gap(params, CFG, requests, moved)
+    samples = sum(len(c.tokens) for c in moved)
+    tokens = sum(len(row) for c in moved for row in c.tokens)
+    assert gap["sampler_gap_max"] == pytest.approx(2.0, abs=1e-5)
+    assert gap["sampler_gap"] == pytest.approx(2.0 * samples / tokens, abs=1e-5)
 
 
 def test_new_weights_take_effect_and_the_given_ones_survive(params, requests):
