@@ -32,7 +32,7 @@ from jaxrepro.models import transformer
 from jaxrepro.models.scoring import last
 from jaxrepro.models.transformer import Cache, Prefix, TransformerConfig
 from jaxrepro.ops.sampling import largest
-from jaxrepro.rollout.generate import Prompts, for_decode
+from jaxrepro.rollout.generate import Prompts, check_eos, for_decode
 
 DEAD = (
     -1e9
@@ -100,9 +100,7 @@ class _Loop(NamedTuple):
 
 def beam_search(params: dict, cfg: TransformerConfig, prompts: Prompts, *, beams: Beams) -> Found:
     """The best hypotheses of every prompt; pure, for callers to jit with cfg and beams static."""
-    bad = [e for e in beams.eos if not 0 <= e < cfg.vocab]
-    if bad:
-        raise UserError(f"eos {bad[0]} is no token id; the vocabulary has 0..{cfg.vocab - 1}")
+    check_eos(beams.eos, cfg)
     w, b = beams.width, prompts.x.shape[0]
     keep = max(2, 1 + len(beams.eos)) * w
     if keep > w * cfg.vocab:

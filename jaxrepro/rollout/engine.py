@@ -31,7 +31,7 @@ from jaxrepro.models.transformer import TransformerConfig
 from jaxrepro.rollout import requests as plain
 from jaxrepro.rollout import slots as device
 from jaxrepro.rollout import stops as automata
-from jaxrepro.rollout.generate import Prompts, Sampling, for_decode
+from jaxrepro.rollout.generate import Prompts, Sampling, check_eos, for_decode
 from jaxrepro.rollout.requests import Checked, Completion, Embedded, Request
 
 SMALLEST = 16  # the smallest bucket of prompt lengths
@@ -76,9 +76,7 @@ class Engine:
             )
         if sampling.top_k > cfg.vocab:
             raise UserError(f"top_k {sampling.top_k} is above the vocabulary {cfg.vocab}: lower it")
-        bad = [e for e in sampling.eos if not 0 <= e < cfg.vocab]
-        if bad:
-            raise UserError(f"eos {bad[0]} is no token id; the vocabulary has 0..{cfg.vocab - 1}")
+        check_eos(sampling.eos, cfg)
         if mesh is not None:
             sharding.check_batches(mesh, slots=slots)
         self.cfg, self.sampling, self.mesh, self.capacity = cfg, sampling, mesh, capacity

@@ -8,6 +8,7 @@ Sample m of request r draws its token j with key fold_in(fold_in(key, r * n + m)
 neither its batch mates nor the padding. Rows that are done keep computing and are not recorded.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,6 +55,8 @@ class Sampling:
             raise UserError(f"temperature {self.temperature} must be >= 0 (0 = greedy)")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must lie in (0, 1] (1 = off)")
+        if not 0 <= self.min_new <= self.max_new:
+            raise UserError(f"min_new {self.min_new} must lie in 0..{self.max_new} (max_new)")
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k} must be >= 0 (0 = off)")
         if not 0 <= self.min_p <= 1:
@@ -107,6 +110,7 @@ def generate(
     allowed: tokens that may be drawn at all (lp_raw stays that of the whole vocabulary). Greedy
     decoding returns lp_sampler = 0, the log-probability of a certain choice.
     """
+    check_eos(sampling.eos, cfg)
     if sampling.top_k > cfg.vocab:
         raise UserError(f"top_k {sampling.top_k} is above the vocabulary {cfg.vocab}: lower it")
     if sampling.repetition_penalty != 1:
@@ -172,6 +176,13 @@ def generate(
     tokens, lp, lp_raw = (a.T.reshape(b, n, -1) for a in state.record)
     finish = jnp.where(state.done, FINISH_EOS, FINISH_LENGTH).astype(jnp.int8)
     return Samples(tokens, state.length.reshape(b, n), lp, lp_raw, finish.reshape(b, n))
+
+
+def check_eos(eos: Iterable[int], cfg: TransformerConfig) -> None:
+    """UserError for an end that no sample could reach: jax drops an index outside the array."""
+    bad = [e for e in eos if not 0 <= e < cfg.vocab]
+    if bad:
+        raise UserError(f"eos {bad[0]} is no token id; the vocabulary has 0..{cfg.vocab - 1}")
 
 
 def for_decode(params: dict, cfg: TransformerConfig, *, split: bool | None = None) -> dict:

@@ -207,6 +207,16 @@ def test_settings_that_make_no_sense_are_refused():
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"top_k": -1}, "top_k -1"),
+        ({"min_new": NEW + 1}, rf"min_new {NEW + 1} must lie in 0\.\.{NEW} \(max_new\)"),
+        ({"min_new": -1}, "min_new -1"),
     ]:
         with pytest.raises(UserError, match=message):
             dataclasses.replace(SAMPLING, **fields)
+
+
+def test_an_eos_outside_the_vocabulary_is_refused(params, prompts):
+    sampling = dataclasses.replace(SAMPLING, eos=(EOS, CFG.vocab))
+    with pytest.raises(UserError, match=r"eos 12 is no token id; the vocabulary has 0\.\.11"):
+        generate(
+            params, CFG, prompts, request_ids=IDS, key=jax.random.key(2), sampling=sampling, n=N
+        )
