@@ -165,7 +165,7 @@ def _from_path(path: str, subset: str | None, test: int) -> Questions:
             raise
         return _apart(*_from_hub(path, subset), test)
     if place.is_dir():
-        pair = [_one(place, "train"), _one(place, "test")]
+        pair = [_one(place, "train"), _one(place, "test", optional=True)]
     else:
         sibling = re.sub(r"train(?=\.jsonl(\.gz)?$)", "test", place.name)
         other = place.with_name(sibling)
@@ -173,11 +173,13 @@ def _from_path(path: str, subset: str | None, test: int) -> Questions:
     return _apart(read_jsonl(pair[0]), None if pair[1] is None else read_jsonl(pair[1]), test)
 
 
-def _one(folder: Path, split: str) -> Path:
+def _one(folder: Path, split: str, *, optional: bool = False) -> Path | None:
     """train.jsonl[.gz] of a folder, else its only *_train.jsonl[.gz]; likewise test."""
     names = sorted(p.name for p in folder.iterdir())
     exact = [n for n in names if re.fullmatch(rf"{split}\.jsonl(\.gz)?", n)]
     found = exact or [n for n in names if re.fullmatch(rf".+_{split}\.jsonl(\.gz)?", n)]
+    if not found and optional:
+        return None
     if len(found) != 1:
         what = f"several ({', '.join(found)})" if found else "none"
         raise UserError(

@@ -153,6 +153,16 @@ def test_a_folder_or_a_file_with_a_test_file_beside_it_keeps_that_split(tmp_path
         assert "left out: 5 training items" in capsys.readouterr().out
 
 
+def test_a_folder_without_a_test_file_is_split_by_its_texts(tmp_path):
+    path = put(tmp_path / "train.jsonl", rows(200))
+    found = questions.load(path=str(tmp_path), test=20)
+    assert found == questions.load(path=str(path), test=20) and len(found.test) == 20
+    put(tmp_path / "a_test.jsonl", rows(3))
+    put(tmp_path / "b_test.jsonl", rows(3))
+    with pytest.raises(UserError, match="several"):
+        questions.load(path=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
