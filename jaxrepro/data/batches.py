@@ -69,10 +69,7 @@ class Encoder:
 
     def __post_init__(self):
         text, cfg = self.tokenizer, self.cfg
-        if text.vocab_size > cfg.text.vocab:
-            raise UserError(
-                f"the tokenizer has {text.vocab_size} tokens, the model {cfg.text.vocab}: not a pair"
-            )
+        text.check_fits(cfg.text.vocab)
         for name in ("image_pad", "eos"):
             if getattr(text, name) != getattr(cfg, name):
                 raise UserError(

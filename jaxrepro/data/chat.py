@@ -1,4 +1,6 @@
-"""The chat template of Qwen2-VL: one user turn with its images, up to where the assistant begins.
+"""Prompts: the chat template of Qwen2-VL with its images, and a question in a tokenizer's own template.
+
+One user turn, up to where the assistant begins; for Qwen2-VL:
 
     <|im_start|>system\\n{system}<|im_end|>\\n
     <|im_start|>user\\n<|vision_start|><|image_pad|> * n<|vision_end|>{question}<|im_end|>\\n
@@ -15,7 +17,15 @@ from typing import Any
 import numpy as np
 
 from jaxrepro.config import UserError
-from jaxrepro.data.text import IM_END, IM_START, IMAGE_PAD, SPECIAL, VISION_END, VISION_START
+from jaxrepro.data.text import (
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    SPECIAL,
+    VISION_END,
+    VISION_START,
+    Tokenizer,
+)
 
 SYSTEM = "You are a helpful assistant."
 
@@ -26,10 +36,7 @@ def render(question: str, image_tokens: Sequence[int] = (), *, system: str = SYS
     UserError for an image without tokens, and where a text holds a special token: it would end the turn
     or claim an image feature.
     """
-    for name, text in (("question", question), ("system text", system)):
-        found = [token for token in SPECIAL if token in text]
-        if found:
-            raise UserError(f"the {name} contains the special token {found[0]}: remove it")
+    _refuse_special(question, system, SPECIAL)
     if any(n < 1 for n in image_tokens):
         raise UserError(f"image_tokens is {list(image_tokens)}; each image has at least one token")
     images = "".join(f"{VISION_START}{IMAGE_PAD * n}{VISION_END}" for n in image_tokens)
@@ -38,6 +45,29 @@ def render(question: str, image_tokens: Sequence[int] = (), *, system: str = SYS
         f"{IM_START}user\n{images}{question}{IM_END}\n"
         f"{IM_START}assistant\n"
     )
+
+
+def prompt(tokenizer: Tokenizer, question: str, *, system: str = SYSTEM) -> str:
+    """The prompt of a question in the tokenizer's own chat template; an empty system text has no turn.
+
+    UserError where the template knows no system role, and for special tokens as in `render`.
+    """
+    _refuse_special(question, system, (*SPECIAL, *tokenizer.specials))
+    asked = [{"role": "user", "content": question}]
+    if not system:
+        return tokenizer.chat(asked, answer=True)
+    try:
+        return tokenizer.chat([{"role": "system", "content": system}, *asked], answer=True)
+    except UserError as e:
+        tokenizer.chat(asked, answer=True)  # whatever it fails at is then not the system role
+        raise UserError(f"{e}; it takes no system role: set data.system=''") from e
+
+
+def _refuse_special(question: str, system: str, special: Sequence[str]) -> None:
+    for name, text in (("question", question), ("system text", system)):
+        found = [token for token in special if token in text]
+        if found:
+            raise UserError(f"the {name} contains the special token {found[0]}: remove it")
 
 
 def answer(text: str) -> str:

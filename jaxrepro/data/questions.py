@@ -277,17 +277,20 @@ class Encoder:
     tokenizer: Tokenizer
     max_tokens: int  # of a row
     max_completion: int  # of a response, its end of turn included
-    system: str = chat.SYSTEM
+    system: str = chat.SYSTEM  # "" = no system turn
 
     def prompt(self, example: Mapping[str, Any]) -> list[int]:
         """The tokens up to the assistant's turn."""
         self._refuse_special(example, "problem")
-        return self.tokenizer.encode(chat.render(example["problem"], system=self.system))
+        return self.tokenizer.encode(
+            chat.prompt(self.tokenizer, example["problem"], system=self.system)
+        )
 
     def completion(self, example: Mapping[str, Any]) -> list[int]:
         """The tokens of the solution and the end of turn."""
         self._refuse_special(example, "solution")
-        return [*self.tokenizer.encode(example["solution"]), self.tokenizer.eos]
+        solution = self.tokenizer.lead + example["solution"]
+        return [*self.tokenizer.encode(solution), self.tokenizer.eos]
 
     def fits(self, example: Mapping[str, Any]) -> bool:
         """Whether a row holds prompt and response, and the response is not too long."""

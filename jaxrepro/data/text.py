@@ -8,13 +8,18 @@ decode(encode(text)) == text holds for every text that encodes.
 
 The special tokens are those of Qwen2-VL. A byte-pair tokenizer also comes out of a GGUF file: its
 vocabulary, merges and special tokens are metadata there, its way to cut text into words is a name.
+
+Turns are written by the tokenizer's own chat template, which transformers renders in its sandbox, or
+in ChatML where it has none. The end of a turn is the special token that the template puts there.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +27,14 @@ import numpy as np
 
 from jaxrepro.config import UserError
 from jaxrepro.files import read_json, write_json, write_text
-from jaxrepro.models import gguf
+from jaxrepro.models import gguf, hf
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
 SPECIAL = (ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD)
 UNKNOWN = "<|unk|>"
-# The template that data/chat.py follows, for those who load a saved tokenizer with `transformers`.
+NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# What `Tokenizer.chat` writes without a template, for those who load a saved one with `transformers`.
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
     " + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -51,14 +57,17 @@ CHAT_PIECES = ("system\n", "user\n", "assistant\n", "You are a helpful assistant
 class Tokenizer:
     """Text to ids and back, for a closed vocabulary or a Hugging Face tokenizer.
 
-    Nothing is added around a text; the chat template (data/chat.py) writes the special tokens.
+    Nothing is added around a text; the chat template writes the special tokens.
     """
 
-    def __init__(self, backend: Any, *, template: str | None = None, bos: str | None = None):
+    def __init__(
+        self, backend: Any, *, template: str | None = None, named: Mapping[str, str] | None = None
+    ):
         from tokenizers import models
 
         self.backend = backend  # a tokenizers.Tokenizer
-        self.template, self.bos = template, bos  # for `save` alone: nothing here reads them
+        self.template = template  # jinja
+        self.named = dict(named or {})  # bos_token, eos_token, ...: templates write them
         self.closed = isinstance(backend.model, models.WordLevel)
         self._unknown = backend.token_to_id(UNKNOWN) if self.closed else None
 
@@ -66,6 +75,15 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, special tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def check_fits(self, vocab: int) -> None:
+        """UserError where an id is outside the vocabulary of a model, which jax would clip in silence."""
+        largest = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest >= vocab:
+            raise UserError(
+                f"the tokenizer's largest id is {largest}, the model's vocabulary has {vocab} "
+                "tokens: not a pair; take both from the same folder"
+            )
 
     def id(self, token: str) -> int:
         """The id of one token; UserError when the vocabulary has none."""
@@ -80,15 +98,75 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder().values()
         return [token.content for token in added if token.special]
 
-    @property
+    @cached_property
     def eos(self) -> int:
-        """The id that ends an assistant turn."""
-        return self.id(IM_END)
+        """The id that ends an assistant turn: what the template writes there, else the configured one."""
+        after = self._around[1]
+        configured = self.named.get("eos_token")
+        ends = [
+            token for token in (*self.specials, configured) if token and after.startswith(token)
+        ]
+        if not ends and configured is None:
+            raise UserError(
+                f"the chat template ends a turn with {after[:20]!r}, no special token: name the "
+                "eos_token in tokenizer_config.json"
+            )
+        return self.id(max(ends, key=len) if ends else configured)
 
-    @property
+    @cached_property
     def pad(self) -> int:
         """The id that fills a row on the right; masked everywhere."""
-        return self.id(ENDOFTEXT)
+        found = self.backend.token_to_id(ENDOFTEXT)  # of Qwen and SmolLM: it ends no turn
+        if found is not None:
+            return found
+        return self.id(self.named["pad_token"]) if "pad_token" in self.named else self.eos
+
+    @cached_property
+    def lead(self) -> str:
+        """The space that the template writes between prompt and answer, as Mistral's does."""
+        return self._around[0]
+
+    @cached_property
+    def _around(self) -> tuple[str, str]:
+        """The space before an assistant's text, and all that follows the text."""
+        asked, text = {"role": "user", "content": "a question"}, "an answer"
+        whole = self.chat([asked, {"role": "assistant", "content": text}])
+        before, found, after = whole.rpartition(text)
+        if not found:
+            raise UserError(
+                "the chat template leaves out what the assistant says: take another model"
+            )
+        lead = before.removeprefix(self.chat([asked], answer=True))
+        return lead if lead.isspace() else "", after
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, answer: bool = False) -> str:
+        """The text of some turns, with answer=True up to where the assistant begins.
+
+        A template that asks for today's date gets it, as in transformers.
+        UserError where the template fails, or where there is none and the vocabulary has no ChatML.
+        """
+        if self.template is None:
+            if None in map(self.backend.token_to_id, (IM_START, IM_END)):
+                raise UserError(
+                    f"the tokenizer has no chat template, and {IM_START} or {IM_END} is not in its "
+                    f"vocabulary of {self.vocab_size} tokens: put the chat_template.jinja of its "
+                    "instruct model beside tokenizer.json, or take that model"
+                )
+            turns = [f"{IM_START}{m['role']}\n{m['content']}{IM_END}\n" for m in messages]
+            return "".join(turns) + f"{IM_START}assistant\n" * answer
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            found, _ = render_jinja_template(
+                [[dict(m) for m in messages]],
+                chat_template=self.template,
+                add_generation_prompt=answer,
+                **self.named,
+            )
+        except Exception as e:  # a template is foreign code: it may raise anything
+            first = (str(e).splitlines() or [""])[0]
+            raise UserError(f"the chat template fails ({type(e).__name__}: {first})") from e
+        return found[0]
 
     @property
     def image_pad(self) -> int:
@@ -127,16 +205,14 @@ class Tokenizer:
         folder = Path(folder)
         write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         known = self.backend.get_vocab(with_added_tokens=True)
-        config = {
+        config = self.named | {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": IM_END,
-            "pad_token": ENDOFTEXT,
+            "eos_token": self.backend.id_to_token(self.eos),
+            "pad_token": self.backend.id_to_token(self.pad),
             "additional_special_tokens": [t for t in SPECIAL if t in known],
             "clean_up_tokenization_spaces": False,
             "chat_template": self.template or CHATML,
         }
-        if self.bos is not None:
-            config["bos_token"] = self.bos
         write_json(folder / "tokenizer_config.json", config)
 
 
@@ -218,23 +294,64 @@ def gguf_tokenizer(source: str | os.PathLike | gguf.File) -> Tokenizer:
             if kind in (control, added)
         ]
     )
-    bos = get("bos_token_id")
+    ids_of = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    found = {f"{name}_token": get(f"{key}_token_id") for name, key in ids_of.items()}
     return Tokenizer(
         backend,
         template=file.metadata.get("tokenizer.chat_template"),
-        bos=None if bos is None or not bos < len(tokens) else tokens[bos],
+        named={n: tokens[i] for n, i in found.items() if i is not None and i < len(tokens)},
     )
 
 
-def _kept(folder: Path) -> dict[str, str]:
-    """What a folder's tokenizer_config.json says that `Tokenizer.save` writes again."""
-    path, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    config = read_json(path) if path.is_file() else {}
-    template, bos = config.get("chat_template"), config.get("bos_token")
-    template = jinja.read_text(encoding="utf-8") if jinja.is_file() else template
-    bos = bos.get("content") if isinstance(bos, dict) else bos
-    found = {"template": template, "bos": bos}
-    return {key: value for key, value in found.items() if isinstance(value, str)}
+class Finetuned:
+    """The tokenizer files of a base model, with the end of turn and the chat template that were trained."""
+
+    def __init__(self, tokenizer: Tokenizer, folder: str | os.PathLike):
+        self.tokenizer, self.folder = tokenizer, Path(folder)
+
+    @property
+    def ids(self) -> dict[str, Any]:
+        """The token ids of the folder; its eos and the one that was trained."""
+        ids = hf.token_ids(self.folder)
+        base, eos = ids.get("eos_token_id", []), self.tokenizer.eos
+        base = base if isinstance(base, list) else [base]
+        if eos not in base:
+            ids["eos_token_id"] = [eos, *base] if base else eos
+        return {"pad_token_id": self.tokenizer.pad} | ids
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Copy the files; write the chat template where they have none."""
+        for path in hf.tokenizer_files(self.folder):
+            shutil.copyfile(path, Path(folder) / path.name)
+        if self.tokenizer.template is None:
+            write_text(Path(folder) / "chat_template.jinja", CHATML)
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    """The chat template and the named special tokens of a folder."""
+    jinja = folder / "chat_template.jinja"
+    said: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        said |= read_json(folder / name) if (folder / name).is_file() else {}
+    template = said.get("chat_template")
+    return {
+        "template": jinja.read_text(encoding="utf-8") if jinja.is_file() else _default(template),
+        "named": _strings(said),
+    }
+
+
+def _default(template: Any) -> str | None:
+    """The template itself, or of several the one named "default"."""
+    if isinstance(template, list):
+        template = {t["name"]: t["template"] for t in template}
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _strings(said: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token, ... as strings; files also write a token as an object."""
+    named = {n: said.get(n) for n in NAMED}
+    named = {n: t.get("content") if isinstance(t, dict) else t for n, t in named.items()}
+    return {n: t for n, t in named.items() if isinstance(t, str)}
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -253,7 +370,12 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return Tokenizer(AutoTokenizer.from_pretrained(str(path), use_fast=True).backend_tokenizer)
+        found = AutoTokenizer.from_pretrained(str(path), use_fast=True)
+        return Tokenizer(
+            found.backend_tokenizer,
+            template=_default(found.chat_template),
+            named=_strings(found.special_tokens_map),
+        )
     except (OSError, ValueError, AttributeError, ImportError) as e:
         first = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(

@@ -72,10 +72,12 @@ def token_ids(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-def _ids_of(cfg: Config, tokenizer: Any) -> dict[str, int]:
+def _ids_of(cfg: Config, tokenizer: Any) -> dict[str, Any]:
     """The same of a tokenizer object that says them; {} where the config has its own."""
     if isinstance(cfg, Qwen2VLConfig):
         return {}
+    if hasattr(tokenizer, "ids"):
+        return tokenizer.ids
     names = {"eos_token_id": "eos", "pad_token_id": "pad"}
     return {
         key: getattr(tokenizer, name) for key, name in names.items() if hasattr(tokenizer, name)
@@ -156,7 +158,7 @@ def save(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists: choose a new folder or remove it")
-    copied = _tokenizer_files(tokenizer)
+    copied = tokenizer_files(tokenizer)
     if ids is None:
         ids = token_ids(tokenizer) if copied is not None else _ids_of(cfg, tokenizer)
     entries = _entries(params, cfg, dtype)
@@ -228,7 +230,7 @@ def _configs(cfg: Config, dtype: str, ids: Mapping[str, Any]) -> tuple[dict, dic
     return config, {key: ids[key] for key in IDS if key in ids}
 
 
-def _tokenizer_files(tokenizer: Any) -> list[Path] | None:
+def tokenizer_files(tokenizer: Any) -> list[Path] | None:
     """The files of a tokenizer's folder; None for anything else."""
     if not isinstance(tokenizer, (str, os.PathLike)):
         return None

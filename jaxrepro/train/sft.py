@@ -24,7 +24,7 @@ from jaxrepro import distributed, sharding
 from jaxrepro.config import UserError
 from jaxrepro.data import batches, locate, questions
 from jaxrepro.data.questions import Encoder, Questions
-from jaxrepro.data.text import Tokenizer, closed_vocabulary, load_tokenizer
+from jaxrepro.data.text import Finetuned, Tokenizer, closed_vocabulary, load_tokenizer
 from jaxrepro.models import gguf, hf, lora, transformer
 from jaxrepro.models.scoring import nll
 from jaxrepro.models.transformer import TransformerConfig
@@ -170,13 +170,10 @@ def prepare(config: Any) -> Setting:
         source, tokenizer = None, closed_vocabulary(questions.chain_pieces())
         cfg = geometry(config)
     cfg = dataclasses.replace(cfg, lora=adapters(config))
-    if tokenizer.vocab_size > cfg.vocab:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {cfg.vocab}: not a pair"
-        )
+    tokenizer.check_fits(cfg.vocab)
     data = config.data
     encoder = Encoder(tokenizer, data.max_tokens, data.max_completion, system=data.system)
-    tokenizer.eos, tokenizer.pad  # noqa: B018 - a model without these tokens is refused here
+    tokenizer.eos, tokenizer.pad  # noqa: B018 - a model without an end of turn is refused here
     found = questions.load(
         path=data.path,
         subset=data.subset,
@@ -372,10 +369,10 @@ def sample(
 
 
 def export(config: Any, workdir: Any) -> tuple[Any, TransformerConfig, Any]:
-    """Parameters and config of a trained run, and its tokenizer: the base model's folder, or its own."""
+    """Parameters and config of a trained run, and its tokenizer: the base model's files, or its own."""
     s, params = trained(config, workdir)
     folder = s.source is not None and s.source.is_dir()
-    return params, s.cfg, s.source if folder else s.tokenizer
+    return params, s.cfg, Finetuned(s.tokenizer, s.source) if folder else s.tokenizer
 
 
 def plan(config: Any) -> memory.Plan:

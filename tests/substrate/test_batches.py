@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer as Backend
 
 from jaxrepro.config import UserError
 from jaxrepro.data import batches, digits, images
 from jaxrepro.data.batches import Encoder, Generated, dataset, drop_long
 from jaxrepro.data.synthetic import GENERATORS
-from jaxrepro.data.text import closed_vocabulary
+from jaxrepro.data.text import Tokenizer, closed_vocabulary
 from jaxrepro.models.qwen2_vl import Qwen2VLConfig
 from jaxrepro.models.transformer import TransformerConfig
 from jaxrepro.models.vision_tower import VisionConfig
@@ -120,6 +121,11 @@ def test_special_tokens_in_data_are_refused(field):
 def test_a_tokenizer_of_another_model_is_refused():
     with pytest.raises(UserError, match="not a pair"):
         Encoder(closed_vocabulary([*digits.PIECES, "extra"]), CFG, max_prompt=9, max_completion=9)
+    far = TOKENIZER.backend.to_str().replace('"<|endoftext|>":0', '"<|endoftext|>":5000')
+    far = Tokenizer(Backend.from_str(far.replace('"id":0', '"id":5000')))
+    assert far.vocab_size == TOKENIZER.vocab_size
+    with pytest.raises(UserError, match="largest id is 5000"):
+        Encoder(far, CFG, max_prompt=9, max_completion=9)
 
 
 def test_a_step_of_a_dataset_is_a_function_of_the_step():

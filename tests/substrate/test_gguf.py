@@ -241,7 +241,7 @@ def test_the_saved_tokenizer_is_the_same_in_transformers_and_here(tokenizer, tmp
     assert ends == (1, tokenizer.eos, tokenizer.pad)
     again = text.load_tokenizer(tmp_path)
     assert again.encode(CORPUS) == tokenizer.encode(CORPUS)
-    assert (again.template, again.bos) == (text.CHATML, text.IM_START)
+    assert (again.template, again.named["bos_token"]) == (text.CHATML, text.IM_START)
     assert again.specials == [text.ENDOFTEXT, text.IM_START, text.IM_END]
 
 

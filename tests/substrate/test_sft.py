@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxrepro import cli, config, evaluate, export, sample
 from jaxrepro.config import UserError
-from jaxrepro.data import batches, locate
-from jaxrepro.models import lora, transformer
+from jaxrepro.data import batches, locate, questions
+from jaxrepro.data.text import closed_vocabulary
+from jaxrepro.models import hf, lora, transformer
 from jaxrepro.train import quiz, sft
 from jaxrepro.train.loop import Run
 
@@ -207,6 +209,63 @@ def test_export_gives_the_parameters_the_config_and_the_tokenizer(finished, tmp_
     assert (ids["eos_token_id"], ids["pad_token_id"]) == (tokenizer.eos, tokenizer.pad)
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A base model's folder: it ends texts, not turns, and has no chat template."""
+    tokenizer = closed_vocabulary(questions.chain_pieces())
+    # no qwen2: AutoTokenizer ignores the tokenizer.json of its folders where it is not byte-level
+    shape = dict(d=32, layers=1, heads=4, kv=2, head_dim=8, ffn=48, qkv_bias=False, family="llama")
+    cfg = transformer.TransformerConfig(vocab=tokenizer.vocab_size, **shape)
+    params = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), transformer.abstract(cfg))
+    folder = tmp_path_factory.mktemp("base") / "model"
+    ids = {"bos_token_id": tokenizer.pad, "eos_token_id": tokenizer.pad}
+    hf.save(folder, params, cfg, ids=ids, tokenizer=tokenizer)
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def test_an_exported_base_model_stops_at_the_end_of_turn_that_was_trained(
+    base, tmp_path, monkeypatch
+):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    def exported(path, out):
+        chosen = settings(model__path=str(path))
+        s = sft.prepare(chosen)
+        monkeypatch.setattr(sft, "trained", lambda *_: (s, sft.initial(s)))
+        export.write(out, *sft.export(chosen, tmp_path), "card")
+        return s
+
+    out = tmp_path / "hub"
+    s = exported(base, out)
+    theirs, generation = AutoTokenizer.from_pretrained(out), GenerationConfig.from_pretrained(out)
+    end = theirs.convert_tokens_to_ids("<|im_end|>")
+    assert generation.eos_token_id == [end, s.tokenizer.pad] and end == s.tokenizer.eos
+    assert (generation.bos_token_id, generation.pad_token_id) == (s.tokenizer.pad,) * 2
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [end, s.tokenizer.pad]
+    asked = [{"role": "system", "content": s.encoder.system}, {"role": "user", "content": "3 + 4"}]
+    prompt = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert prompt == s.encoder.prompt({"id": "x", "problem": "3 + 4"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    exported(out, tmp_path / "again")  # from a folder that knows its end of turn and has a template
+    assert hf.token_ids(tmp_path / "again") == hf.token_ids(out)
+    template = "chat_template.jinja"
+    assert (tmp_path / "again" / template).read_bytes() == (out / template).read_bytes()
+
+
+def test_a_token_beyond_the_vocabulary_of_the_model_is_refused_before_training(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["<|im_end|>"] = 5000
+    for token in tokenizer["added_tokens"]:
+        token["id"] = 5000 if token["content"] == "<|im_end|>" else token["id"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="the tokenizer's largest id is 5000, the model's"):
+        sft.prepare(settings(model__path=str(folder)))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -235,7 +294,7 @@ def test_settings_that_cannot_work_are_one_line(changes, message, tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "merges", "message"),
     [
-        (["a", "b", "ab"], ["a b"], "token '<|im_end|>' is not in the vocabulary of 3 tokens"),
+        (["a", "b", "ab"], ["a b"], "the tokenizer has no chat template"),
         (["a", "b"], ["a b"], "the merge 'a b' does not fit its 2 different tokens"),
         (["a", "a", "aa"], ["a a"], "does not fit its 2 different tokens"),
     ],
