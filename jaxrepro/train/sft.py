@@ -41,6 +41,7 @@ SHAPES = {
     "tiny": dict(
         d=128, layers=3, heads=4, kv=2, head_dim=32, ffn=384, rope_theta=100.0, qkv_bias=False,
         embed_std=128**-0.5,  # unit-norm rows: a tied head then starts at logits of unit scale
+        family="llama",  # for others, transformers' tokenizer class overrules ours in an export
     ),
     "smollm2": dict(
         vocab=49152, d=576, layers=30, heads=9, kv=3, head_dim=64, ffn=1536, rope_theta=1e5,
