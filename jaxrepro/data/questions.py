@@ -236,7 +236,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{path}, line {number}: not JSON ({e})") from e
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: a {type(row).__name__}, not an object")

@@ -34,7 +34,7 @@ def test_what_was_written_reads_back_and_folders_are_made(tmp_path):
 def test_a_missing_or_damaged_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"there is no x\.json in"):
         files.read_json(tmp_path / "x.json")
-    for content in (b"{", b"", b"\xff"):
+    for content in (b"{", b"", b"\xff", b"[" * 200_000):
         (tmp_path / "x.json").write_bytes(content)
         with pytest.raises(UserError, match=r"x\.json is damaged: it is not JSON"):
             files.read_json(tmp_path / "x.json")

@@ -167,6 +167,7 @@ def test_a_folder_without_a_test_file_is_split_by_its_texts(tmp_path):
     ("line", "message"),
     [
         ("{", "line 2: not JSON"),
+        ("[" * 200_000, "line 2: not JSON"),
         ("[]", "line 2: a list, not an object"),
         ('{"question": "a"}', r"a\.jsonl:2: needs the texts .*; it has question"),
         ('{"problem": "a", "solution": " "}', "needs the texts"),
