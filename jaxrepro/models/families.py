@@ -27,13 +27,15 @@ ARCHITECTURES = {
 VISION = "qwen2_vl"  # models/qwen2_vl.py; its decoder is read here
 KNOWN = (*ARCHITECTURES, VISION)
 SLIDING, FULL = "sliding_attention", "full_attention"
+# What a file's numbers may be, so that no product of two leaves float32, and no size an index of XLA.
+TINY, LARGE, LONGEST = 1e-30, 1e30, 2**31 - 1
 
 
 def family(config: Mapping[str, Any]) -> str:
     """The model_type of a config.json, of KNOWN; UserError for any other."""
     name = config.get("model_type")
     if name is None:  # very old files
-        found = [str(a) for a in config.get("architectures") or ()]
+        found = [str(a) for a in _list(config, "architectures") or ()]
         name = next(
             (k for k, v in ARCHITECTURES.items() if v in found), found[0] if found else None
         )
@@ -48,23 +50,20 @@ def family(config: Mapping[str, Any]) -> str:
 def fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `TransformerConfig` from a config.json; UserError for what the decoder cannot run."""
     kind = family(config)
-    text = {**config, **(config.get("text_config") or {})}
+    text = {**config, **_mapping(config, "text_config")}
     if config.get("quantization_config"):
         raise UserError(
             "config.json has a quantization_config: quantised weights are not read; take the model in "
             "bfloat16, float16 or float32, or a GGUF file"
         )
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = _mapping(text, "rope_parameters") or _mapping(text, "rope_scaling")
     scaling = rope.get("rope_type") or rope.get("type") or "default"
     _refuse(text, rope, scaling)
     heads = _size(text, "num_attention_heads")
     d, layers = _size(text, "hidden_size"), _size(text, "num_hidden_layers")
     bias = kind in ("llama", "qwen3") and bool(text.get("attention_bias", False))
-    sections, theta = rope.get("mrope_section"), rope.get("rope_theta") or text.get("rope_theta")
     head_dim = 128 if kind == "qwen3" else d // heads  # where the file does not say it
     window, window_layers = _window(kind, text, layers)
-    original = text.get("original_max_position_embeddings") or text.get("max_position_embeddings")
-    plain = scaling in ("default", "mrope")
     return {
         "vocab": _size(text, "vocab_size"),
         "d": d,
@@ -73,10 +72,10 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "kv": _size(text, "num_key_value_heads", heads),
         "head_dim": _size(text, "head_dim", head_dim),
         "ffn": _size(text, "intermediate_size"),
-        "rope_theta": float(theta or 1e4),
-        "rope_scaling": None if plain else RopeScaling.from_hf(rope, original=original),
-        "mrope_sections": tuple(sections) if sections else None,
-        "eps": float(_need(text, "rms_norm_eps")),
+        "rope_theta": _number(rope, "rope_theta", _number(text, "rope_theta", 1e4, 1), 1),
+        "rope_scaling": _scaling(scaling, rope, text),
+        "mrope_sections": _sections(rope),
+        "eps": _number(text, "rms_norm_eps"),
         "qkv_bias": bias or kind in ("qwen2", VISION),
         "o_bias": bias,
         "qk_norm": kind == "qwen3",
@@ -100,20 +99,68 @@ def _refuse(text, rope, scaling):
         raise UserError(f"partial_rotary_factor {partial} is not supported: 1")
 
 
-def _need(text, name):
-    if text.get(name) is None:
+def _get(text, name, default):
+    """A value of the file, else the default; where that is None, the file must have one."""
+    value = default if text.get(name) is None else text[name]
+    if value is None:
         raise UserError(f"config.json lacks {name!r}")
-    return text[name]
-
-
-def _size(text, name, default=None):
-    """A positive int of the file."""
-    value = text.get(name)
-    value = _need(text, name) if value is None and default is None else value
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"config.json: {name} is {value!r}; it must be an integer of at least 1")
     return value
+
+
+def _size(text, name, default=None, least=1):
+    """An int of the file."""
+    value = _get(text, name, default)
+    if type(value) is not int or not least <= value <= LONGEST:
+        raise _wrong(name, value, f"an integer from {least} to {LONGEST}")
+    return value
+
+
+def _number(text, name, default=None, least=TINY):
+    """A float of the file."""
+    value = _get(text, name, default)
+    if type(value) not in (int, float) or not least <= value <= LARGE:
+        raise _wrong(name, value, f"a number from {least:g} to {LARGE:g}")
+    return float(value)
+
+
+def _mapping(text, name):
+    """An object of the file; {} where it has none."""
+    value = text.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise _wrong(name, value, "an object or null")
+    return value or {}
+
+
+def _list(text, name):
+    """A list of the file; None where it has none."""
+    value = text.get(name)
+    if value is not None and not isinstance(value, list | tuple):
+        raise _wrong(name, value, "a list or null")
+    return value
+
+
+def _wrong(name, value, wanted):
+    return UserError(f"config.json: {name} is {value!r:.60}; it must be {wanted}")
+
+
+def _scaling(kind, rope, text):
+    """How the file stretches frequencies, or None."""
+    if kind in ("default", "mrope"):
+        return None
+    factor, name = _number(rope, "factor", least=1), "original_max_position_embeddings"
+    if kind == "linear":
+        return RopeScaling(kind, factor)
+    low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
+    original = _size(rope, name, _size(text, name, text.get("max_position_embeddings")))
+    return RopeScaling(kind, factor, low, high, original)
+
+
+def _sections(rope):
+    """The file's mrope_section, or None."""
+    sections = _list(rope, "mrope_section")
+    if sections and not all(type(n) is int and n > 0 for n in sections):
+        raise _wrong("mrope_section", sections, "a list of integers of at least 1")
+    return tuple(sections) if sections else None
 
 
 def _window(kind, text, layers):
@@ -124,20 +171,21 @@ def _window(kind, text, layers):
     size = text.get("sliding_window", 4096)
     if kind == "mistral":
         return (None, None) if size is None else (_size(text, "sliding_window", 4096), None)
+    kinds = _list(text, "layer_types")
     if not text.get("use_sliding_window", False) or size is None:
-        if SLIDING in (text.get("layer_types") or ()):
+        if SLIDING in (kinds or ()):
             raise UserError(
                 f"config.json: layer_types name {SLIDING}, but there is no window; set sliding_window "
                 "and use_sliding_window, or make the layers full_attention"
             )
         return None, None
-    kinds = text.get("layer_types")
     if kinds is None:
-        first = text.get("max_window_layers", 28)
+        first = _size(text, "max_window_layers", 28, least=0)
         kinds = [SLIDING if j >= first else FULL for j in range(layers)]
-    if len(kinds) != layers or set(kinds) - {SLIDING, FULL}:
+    names = sorted(set(map(str, kinds)))  # of what may be anything
+    if len(kinds) != layers or not {SLIDING, FULL}.issuperset(names):
         raise UserError(
-            f"config.json: layer_types are {len(kinds)} of {sorted(map(str, set(kinds)))}; they must be "
+            f"config.json: layer_types are {len(kinds)} of {names!r:.60}; they must be "
             f"{layers} of {FULL} and {SLIDING}"
         )
     chosen = tuple(j for j, k in enumerate(kinds) if k == SLIDING)

@@ -10,7 +10,6 @@
 s is the factor, n the number of positions that the model was first trained on.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,23 +40,6 @@ class RopeScaling:
                 f"rope type llama3 with low {self.low}, high {self.high}, original {self.original}: "
                 "needs 0 < low < high and original > 0"
             )
-
-    @classmethod
-    def from_hf(cls, rope: Mapping[str, Any], *, original: int | None = None) -> "RopeScaling":
-        """From the rope entry of a config.json; `original` where the entry does not say it."""
-        kind = rope.get("rope_type") or rope.get("type")
-        try:
-            if kind != "llama3":
-                return cls(kind, float(rope["factor"]))
-            return cls(
-                kind,
-                float(rope["factor"]),
-                float(rope["low_freq_factor"]),
-                float(rope["high_freq_factor"]),
-                int(rope.get("original_max_position_embeddings") or original or 0),
-            )
-        except KeyError as error:
-            raise UserError(f"config.json: rope type {kind!r} lacks {error}") from error
 
     def to_hf(self) -> dict[str, Any]:
         """The entry of a config.json, without theta."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrepro.config import UserError
@@ -246,7 +246,10 @@ def test_config_json_goes_round(kind, bias, tied, window, layers, scaling):
         ({"model_type": None, "architectures": ["OPT"]}, "architecture 'OPT' is unknown"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks 'low_freq_factor'"),
-        ({"rope_scaling": LLAMA3 | {"type": "llama3", "factor": 0}}, r"factor is 0\.0"),
+        (
+            {"rope_scaling": LLAMA3 | {"type": "llama3", "factor": 0}},
+            r"factor is 0; it must be a number from 1 to 1e\+30",
+        ),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "'gelu'"),
@@ -260,12 +263,79 @@ def test_config_json_goes_round(kind, bias, tied, window, layers, scaling):
             "layer_types are 4 of",
         ),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+        ({"rope_scaling": "dynamic"}, "rope_scaling is 'dynamic'; it must be an object or null"),
+        ({"rope_parameters": 5}, "rope_parameters is 5"),
+        ({"text_config": [["a"]]}, "text_config is"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a number from 1e-30 to"),
+        ({"rms_norm_eps": True}, "rms_norm_eps is True"),
+        ({"rope_theta": [1e4]}, r"rope_theta is \[10000.0\]"),
+        ({"rope_theta": -1e4}, "rope_theta is -10000.0"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
+        ({"rope_scaling": LLAMA3 | {"type": "llama3", "factor": None}}, "lacks 'factor'"),
+        ({"rope_scaling": LLAMA3 | {"type": "llama3", "low_freq_factor": "1"}}, "low_freq_factor"),
+        (
+            {"rope_scaling": LLAMA3 | {"type": "llama3", "original_max_position_embeddings": 8e3}},
+            "original_max_position_embeddings is 8000.0; it must be an integer",
+        ),
+        ({"rope_scaling": {"mrope_section": 8}}, "mrope_section is 8; it must be a list"),
+        (
+            {"rope_scaling": {"mrope_section": ["8"]}},
+            "mrope_section is .*; it must be a list of int",
+        ),
+        ({"model_type": None, "architectures": 5}, "architectures is 5"),
+        ({"model_type": "qwen2", "layer_types": 4}, "layer_types is 4; it must be a list"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "layer_types": [{}] * 4},
+            "layer_types are 4 of",
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "2"},
+            "max_window_layers is '2'; it must be an integer from 0 to",
+        ),
     ],
 )
 def test_a_config_that_cannot_run_is_one_line(changes, message):
     with pytest.raises(UserError, match=message) as error:
         TransformerConfig.from_hf(HF | {"model_type": "llama"} | changes)
     assert "\n" not in str(error.value)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
+ANY = st.recursive(
+    SCALARS | st.sampled_from([families.SLIDING, 10**400]),
+    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=4), x, max_size=3),
+    max_leaves=6,
+)
+ROPE = st.fixed_dictionaries(
+    {"rope_type": st.sampled_from(["default", "linear", "llama3", "mrope"]) | ANY},
+    optional={key: st.just(value) | ANY for key, value in LLAMA3.items()}
+    | dict.fromkeys(("type", "rope_theta", "mrope_section", "partial_rotary_factor"), ANY),
+)
+FIELDS = (
+    "layer_types", "max_window_layers", "sliding_window", "use_sliding_window", "rope_theta", "rms_norm_eps",
+    "original_max_position_embeddings", "max_position_embeddings", "architectures", "hidden_act", "head_dim",
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "partial_rotary_factor", "quantization_config",
+)  # fmt: skip
+
+
+@given(
+    kind=st.sampled_from([*families.KNOWN, None]) | ANY,
+    few=st.dictionaries(st.sampled_from(FIELDS), ANY, max_size=2),
+    nested=st.dictionaries(
+        st.sampled_from(["rope_parameters", "rope_scaling", "text_config"]), ROPE | ANY, max_size=2
+    ),
+)
+@settings(deadline=None, max_examples=500)
+def test_any_json_in_a_config_is_a_config_or_one_line(kind, few, nested):
+    try:
+        cfg = TransformerConfig.from_hf(HF | {"model_type": kind} | few | nested)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        half = min(cfg.head_dim // 2, 64)
+        scaled = frequencies(half, cfg.rope_theta, cfg.rope_scaling)
+        assert np.isfinite(scaled).all() and 0 < cfg.eps < np.inf
 
 
 def test_a_decoder_that_no_family_has_is_not_written():
