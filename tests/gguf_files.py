@@ -4,12 +4,15 @@ import gguf as library
 import jax
 import numpy as np
 
-from jaxrepro.models import gguf, transformer
+from jaxrepro.models import gguf, names, transformer
 from jaxrepro.models.transformer import TransformerConfig
 
 SHAPE = dict(vocab=96, d=64, layers=2, heads=4, kv=2, head_dim=16, ffn=96)
 LLAMA = TransformerConfig(**SHAPE, rope_theta=1e5, eps=1e-5, qkv_bias=False, max_positions=512)
 QWEN2 = TransformerConfig(**SHAPE, rope_theta=1e6, eps=1e-6, tied=False, max_positions=512)
+QWEN3 = TransformerConfig(
+    **SHAPE | {"head_dim": 24}, qkv_bias=False, qk_norm=True, max_positions=512
+)
 KIND = library.GGMLQuantizationType
 
 
@@ -41,12 +44,14 @@ def write(path, params, cfg, architecture="llama", kind=KIND.F32, extra=(), skip
     writer.add_feed_forward_length(cfg.ffn)
     writer.add_head_count(cfg.heads)
     writer.add_head_count_kv(cfg.kv)
+    if cfg.head_dim * cfg.heads != cfg.d:
+        writer.add_key_length(cfg.head_dim)
     writer.add_rope_freq_base(cfg.rope_theta)
     writer.add_layer_norm_rms_eps(cfg.eps)
     for method, value in fields:
         getattr(writer, method)(value)
     stored = {}
-    for name, leaf in gguf._leaves(params):
+    for name, leaf in names.leaves(params):
         parts = leaf if name.startswith("layers/") else [leaf]
         for i, part in enumerate(parts):
             stored[gguf.NAMES[name].format(i)] = rows(part, name, cfg, architecture)

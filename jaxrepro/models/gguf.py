@@ -1,4 +1,4 @@
-"""Decoder weights from GGUF files: Llama (also Mistral, SmolLM2) and Qwen2, quantised or not.
+"""Decoder weights from GGUF files: Llama (also Mistral, SmolLM2), Qwen2 and Qwen3, quantised or not.
 
 A GGUF file is one header (magic, counts, metadata, a table of tensors) and the tensors' bytes. The header
 is read here with every length checked against the file, so that a damaged count is an error and not an
@@ -7,7 +7,7 @@ are read one by one, each device gets its slice: the host holds one leaf beside 
 
 Rows of q and k of a Llama file are interleaved for RoPE on adjacent channels, ours rotates halves:
 
-    ours[h, p * I/2 + c] = file[h, 2 c + p],    p in {0, 1}, c < I/2        (Qwen2 files keep halves)
+    ours[h, p * I/2 + c] = file[h, 2 c + p],    p in {0, 1}, c < I/2        (Qwen files keep halves)
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -16,7 +16,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,12 +25,15 @@ import jax
 import numpy as np
 
 from jaxrepro.config import UserError
-from jaxrepro.models import transformer
+from jaxrepro.models import names, transformer
+from jaxrepro.models.families import LARGE, LONGEST, TINY
+from jaxrepro.models.tensors import listed
 from jaxrepro.models.transformer import TransformerConfig
 
 SUFFIX = ".gguf"
 VERSIONS = (2, 3)
-ARCHITECTURES = {"llama": True, "qwen2": False}  # whether the rows of q and k are interleaved
+# Whether the rows of q and k are interleaved.
+ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
 SCALED = "rope_freqs.weight"  # Llama 3's scaled RoPE, which the header does not describe
 NAMES = {
     "embed": "token_embd.weight",
@@ -42,6 +45,8 @@ NAMES = {
     "layers/bk": "blk.{}.attn_k.bias",
     "layers/bv": "blk.{}.attn_v.bias",
     "layers/wo": "blk.{}.attn_output.weight",
+    "layers/q_norm": "blk.{}.attn_q_norm.weight",
+    "layers/k_norm": "blk.{}.attn_k_norm.weight",
     "layers/mlp_norm": "blk.{}.ffn_norm.weight",
     "layers/gate": "blk.{}.ffn_gate.weight",
     "layers/up": "blk.{}.ffn_up.weight",
@@ -196,39 +201,59 @@ def read_config(source: str | os.PathLike[str] | File, **overrides: Any) -> Tran
             f"{file.path}: architecture {kind!r} is not supported: one of {', '.join(ARCHITECTURES)}"
         )
 
-    def get(key: str, default: Any = None) -> Any:
+    def number(key: str, default: Any = None, *, least: int | float = TINY) -> int | float:
+        return get(key, default, (int, float), least, LARGE)
+
+    def size(key: str, default: Any = None) -> int:
+        return get(key, default, (int,), 1, LONGEST)
+
+    def get(key: str, default: Any, types: tuple, least: int | float, most: int | float) -> Any:
         value = known.get(f"{kind}.{key}", default)
         if value is None:
             raise UserError(f"{file.path} has no {kind}.{key}: it is not a whole model")
-        if not isinstance(value, int | float):
-            raise UserError(f"{file.path}: {kind}.{key} is not one number; layers must be alike")
+        if type(value) not in types or not least <= value <= most:
+            raise UserError(
+                f"{file.path}: {kind}.{key} is {_shown(repr(value))}; it must be one "
+                f"{types[-1].__name__} from {least} to {most}, the same for all layers"
+            )
         return value
 
-    scaling = known.get(f"{kind}.rope.scaling.type", "none")
+    scaling = str(known.get(f"{kind}.rope.scaling.type", "none"))
     if scaling != "none" or SCALED in file.tensors:
-        what = scaling if scaling != "none" else SCALED
+        what = _shown(scaling) if scaling != "none" else SCALED
         raise UserError(
             f"{file.path}: scaled RoPE ({what}) is not read from GGUF; take the safetensors"
         )
-    if get("expert_count", 0):
+    if str(known.get(f"{kind}.expert_count", 0)) != "0":
         raise UserError(f"{file.path}: a mixture of experts is not supported")
     for name in ("token_embd.weight", "blk.0.attn_q.weight"):
         if name not in file.tensors:
             raise UserError(f"{file.path} has no tensor {name}: it is not a whole model")
-    d, heads = get("embedding_length"), get("attention.head_count")
+    table = file.tensors["token_embd.weight"].shape
+    if len(table) != 2 or 0 in table:
+        raise UserError(
+            f"{file.path}: token_embd.weight is {table}; it must be (vocabulary, width)"
+        )
+    d, heads, layers = size("embedding_length"), size("attention.head_count"), size("block_count")
+    if layers > len(file.tensors):
+        raise UserError(
+            f"{file.path}: {kind}.block_count is {layers}, but there are {len(file.tensors)} tensors: "
+            "it is not a whole model"
+        )
     fields = {
-        "vocab": file.tensors["token_embd.weight"].shape[0],
+        "vocab": table[0],
         "d": d,
-        "layers": get("block_count"),
+        "layers": layers,
         "heads": heads,
-        "kv": get("attention.head_count_kv", heads),
-        "head_dim": get("attention.key_length", d // heads),
-        "ffn": get("feed_forward_length"),
-        "rope_theta": float(get("rope.freq_base", 1e4)),
-        "eps": float(np.float32(get("attention.layer_norm_rms_epsilon")).astype(str)),
+        "kv": size("attention.head_count_kv", heads),
+        "head_dim": size("attention.key_length", d // heads),
+        "ffn": size("feed_forward_length"),
+        "rope_theta": float(number("rope.freq_base", 1e4, least=1)),
+        "eps": float(np.float32(number("attention.layer_norm_rms_epsilon")).astype(str)),
         "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
+        "qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
         "tied": "output.weight" not in file.tensors,
-        "max_positions": get("context_length", 32768),
+        "max_positions": size("context_length", 32768),
     }
     return TransformerConfig(**(fields | overrides))
 
@@ -247,14 +272,14 @@ def load(
     """
     file = source if isinstance(source, File) else open_file(source)
     cfg = read_config(file) if cfg is None else cfg
-    leaves = dict(_leaves(transformer.abstract(cfg)))
+    leaves = dict(names.leaves(transformer.abstract(cfg)))
     if foreign := [path for path in leaves if path not in NAMES]:
         raise UserError(f"{file.path}: GGUF has no tensor for {', '.join(foreign)}")
     shape_of = {path: _file_shape(path, cfg) for path in leaves}
     wanted = {name: shape_of[path] for path in leaves for name in _names(path, cfg)}
-    problems = _listed("missing", [n for n in wanted if n not in file.tensors])
-    problems += _listed("unexpected", [_shown(n) for n in file.tensors if n not in wanted])
-    problems += _listed(
+    problems = listed("missing", [n for n in wanted if n not in file.tensors])
+    problems += listed("unexpected", [_shown(n) for n in file.tensors if n not in wanted])
+    problems += listed(
         "wrong shape",
         [
             f"{n} is {file.tensors[n].shape}, expected {shape}"
@@ -265,7 +290,7 @@ def load(
     if problems:
         raise UserError(f"{file.path}: " + "; ".join(problems))
 
-    places = dict(_leaves(shardings)) if shardings is not None else {}
+    places = dict(names.leaves(shardings)) if shardings is not None else {}
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params: dict[str, Any] = {}
     # The largest first: while it is on its way there is nothing else yet.
@@ -350,6 +375,8 @@ def _file_shape(path: str, cfg: TransformerConfig) -> tuple[int, ...]:
         "bq": (q,),
         "bk": (k,),
         "bv": (k,),
+        "q_norm": (cfg.head_dim,),
+        "k_norm": (cfg.head_dim,),
         "wo": (cfg.d, q),
         "gate": (cfg.ffn, cfg.d),
         "up": (cfg.ffn, cfg.d),
@@ -381,22 +408,6 @@ def _turn(
     return lambda w: w
 
 
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(tree, dict):
-        yield path, tree
-        return
-    for key, value in tree.items():
-        yield from _leaves(value, f"{path}/{key}" if path else key)
-
-
 def _shown(name: str) -> str:
     """A name from a file on one line."""
     return name[:64] if name.isprintable() else repr(name[:64])
-
-
-def _listed(what: str, names: list[str], most: int = 20) -> list[str]:
-    """[] or one phrase that names the first `most` and counts the rest."""
-    if not names:
-        return []
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return [f"{len(names)} {what}: {', '.join(names[:most])}{rest}"]
