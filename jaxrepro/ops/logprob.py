@@ -3,9 +3,9 @@
     lp = z_y / T - lse(z / T),    z = h W;    H = lse - sum_j p_j z_j / T    (nats)
     d lp / d z_j = ([j = y] - p_j) / T,    d H / d z_j = -p_j (log p_j + H) / T
 
-Tokens go through in chunks. Forward keeps h and the lse; backward computes the logits again (of one
-chunk they are kept) and sums dW in float32. A chunk takes the same number of positions of every batch row, so a batch that
-is sharded stays where it lies.
+Tokens go through in chunks. Forward keeps h and the lse; backward computes the logits again (where
+there is one chunk, they are kept) and sums dW in float32. A chunk takes the same number of positions of
+every batch row, so a batch that is sharded stays where it lies.
 """
 
 from functools import partial

@@ -242,8 +242,7 @@ def train(run: Run, s: Setting) -> Any:
 
 def start(run: Run, s: Setting) -> tuple[State, Any]:
     """The state, resumed or begun, and the compiled step."""
-    sft = s.config.sft
-    optimizer = optim.optimizer(sft, steps=max(s.config.steps, 1))
+    sft, optimizer = s.config.sft, _optimizer(s.config)
     begin = partial(init_state, optimizer=optimizer, trainable=_trainable(s.cfg))
     abstract = jax.eval_shape(begin, transformer.abstract(s.cfg))
     shardings = state_shardings(abstract, s.shardings, s.mesh)

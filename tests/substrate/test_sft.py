@@ -141,6 +141,7 @@ def test_a_run_on_a_mesh_is_that_of_one_device(finished, small, tmp_path, mesh):
         json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
     results = sft.run(settings(mesh=mesh), tmp_path)
+    # float32: devices add in another order, over four updates
     np.testing.assert_allclose(losses(tmp_path), losses(finished[0]), rtol=1e-5)
     assert results["after/test/exact_match"] == finished[1]["after/test/exact_match"]
     assert (tmp_path / "samples.md").read_text() == (finished[0] / "samples.md").read_text()
