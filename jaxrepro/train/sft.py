@@ -10,58 +10,33 @@ pair of answers to one question is one item of the bootstrap.
 No paper stands behind this run: no equation beyond the likelihood, nothing to depart from.
 """
 
-import dataclasses
-import math
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxrepro import distributed, sharding
 from jaxrepro.config import UserError
-from jaxrepro.data import batches, locate, questions
+from jaxrepro.data import batches, questions
 from jaxrepro.data.questions import Encoder, Questions
-from jaxrepro.data.text import Finetuned, Tokenizer, closed_vocabulary, load_tokenizer
-from jaxrepro.models import gguf, hf, lora, transformer
+from jaxrepro.models import transformer
 from jaxrepro.models.scoring import nll
 from jaxrepro.models.transformer import TransformerConfig
-from jaxrepro.rollout.generate import FINISH_EOS, Prompts, Sampling, generate
-from jaxrepro.train import checkpoint, memory, optim, quiz
+from jaxrepro.train import memory, policy, quiz
 from jaxrepro.train.loop import Run
-from jaxrepro.train.state import State, init_state, state_shardings
-from jaxrepro.train.step import compile_step, make_step
+from jaxrepro.train.policy import Policy
 
 STAGE = "sft"
 TRIED = 256  # generated items whose length is looked at before anything runs
-# Shapes for --dry_run, and of the model that is trained from scratch.
-SHAPES = {
-    "tiny": dict(
-        d=128, layers=3, heads=4, kv=2, head_dim=32, ffn=384, rope_theta=100.0, qkv_bias=False,
-        embed_std=128**-0.5,  # unit-norm rows: a tied head then starts at logits of unit scale
-        family="llama",  # for others, transformers' tokenizer class overrules ours in an export
-    ),
-    "smollm2": dict(
-        vocab=49152, d=576, layers=30, heads=9, kv=3, head_dim=64, ffn=1536, rope_theta=1e5,
-        eps=1e-5, qkv_bias=False, max_positions=8192,
-    ),
-    "qwen2_1_5b": dict(vocab=151936, d=1536, layers=28, heads=12, kv=2, head_dim=128, ffn=8960),
-}  # fmt: skip
 
 
 class Setting(NamedTuple):
     """What the parts of a run share."""
 
     config: Any
-    source: Path | None  # folder or GGUF file of the weights; None: from scratch
-    cfg: TransformerConfig  # with adapters where there are any
-    tokenizer: Tokenizer
+    policy: Policy
     encoder: Encoder
     questions: Questions
-    mesh: Any
-    shardings: Any  # of the parameters
 
 
 def run(
@@ -72,7 +47,7 @@ def run(
     mesh = sharding.abstract_mesh(config.mesh, devices=jax.device_count())
     sharding.check_batches(mesh, **{"sft.batch": config.sft.batch})
     s = prepare(config)  # what is refused leaves no workdir behind
-    _within(s, config.data.max_tokens, "data.max_tokens")
+    policy.within(s.policy, config.data.max_tokens, "data.max_tokens")
     if isinstance(s.questions.train, batches.Generated):  # has no end that could be filtered
         s.encoder.sft([s.questions.train[i] for i in range(TRIED)])
     with Run(config, workdir, resume=resume, profile=profile) as run:
@@ -82,7 +57,7 @@ def run(
         # Measured from the start itself: after a resume the state is another one.
         before = run.once(
             "before",
-            lambda: examine(initial(s), "before/test/"),
+            lambda: examine(policy.initial(s.policy, config), "before/test/"),
             of=[config.eval.n, config.data.path],
         )
         run.say(f"before: {quiz.line(before['rates'], 'before/test/')}")
@@ -121,8 +96,7 @@ def check(config: Any) -> None:
             f"data.max_completion={data.max_completion} leaves no room for a prompt in "
             f"data.max_tokens={data.max_tokens}"
         )
-    if config.model.shape not in SHAPES:
-        raise UserError(f"model.shape={config.model.shape!r} is not one of {', '.join(SHAPES)}")
+    policy.check(config)
     if not config.model.path and (config.model.shape != "tiny" or data.path or data.generator != "chains"):  # fmt: skip
         raise UserError(
             "model.path is needed (a folder, a .gguf file, a hub name, smollm2): only the shape tiny "
@@ -132,49 +106,14 @@ def check(config: Any) -> None:
         raise UserError(
             f"sft.max_grad_norm={sft.max_grad_norm}; use a number above 0, or 0 for no clipping"
         )
-    adapters(config)
-    _optimizer(config)  # refuses an unknown schedule
-
-
-def _within(s: Setting, tokens: int, what: str) -> None:
-    if tokens > s.cfg.max_positions:
-        raise UserError(
-            f"{what}: {tokens} tokens, but the model was made for {s.cfg.max_positions}; use fewer"
-        )
-
-
-def adapters(config: Any) -> lora.Lora | None:
-    """The adapters of a config; None where all parameters are trained."""
-    return lora.Lora(**config.lora.to_dict()) if config.lora.rank else None
-
-
-def _trainable(cfg: TransformerConfig) -> str | None:
-    return lora.TRAINABLE if cfg.lora else None
-
-
-def _optimizer(config: Any) -> optim.Scheduled:
-    # Without a step there is nothing that the warm-up could be too long for.
-    return optim.optimizer(config.sft, steps=config.steps or config.sft.warmup + 1)
+    policy.optimizer(sft, steps=config.steps)  # refuses an unknown schedule
 
 
 def prepare(config: Any) -> Setting:
-    """Weights' place, tokenizer, questions that fit, mesh and where the parameters lie."""
-    numerics = dict(dtype=config.model.dtype, remat=config.model.remat)
-    if config.model.path:
-        source = locate.model(config.model.path, gguf=True)
-        file = gguf.open_file(source) if source.suffix == gguf.SUFFIX else None
-        tokenizer = load_tokenizer(source)
-        cfg = gguf.read_config(file, **numerics) if file else hf.read_config(source, **numerics)
-        if not isinstance(cfg, TransformerConfig):
-            raise UserError(f"model.path={config.model.path} is no plain decoder; see stepgrpo")
-    else:
-        source, tokenizer = None, closed_vocabulary(questions.chain_pieces())
-        cfg = geometry(config)
-    cfg = dataclasses.replace(cfg, lora=adapters(config))
-    tokenizer.check_fits(cfg.vocab)
+    """The policy, and questions that fit; reads no weights."""
+    model = policy.open_policy(config, pieces=questions.chain_pieces())
     data = config.data
-    encoder = Encoder(tokenizer, data.max_tokens, data.max_completion, system=data.system)
-    tokenizer.eos, tokenizer.pad  # noqa: B018 - a model without an end of turn is refused here
+    encoder = Encoder(model.tokenizer, data.max_tokens, data.max_completion, system=data.system)
     found = questions.load(
         path=data.path,
         subset=data.subset,
@@ -187,33 +126,7 @@ def prepare(config: Any) -> Setting:
     if not isinstance(train, batches.Generated):
         train = encoder.fitting(train, "training")
     test = encoder.fitting(found.test, "test")[: config.eval.n]
-    mesh = sharding.make_mesh(config.mesh)
-    places = sharding.shard_tree(transformer.axes(cfg), transformer.abstract(cfg), mesh)
-    return Setting(config, source, cfg, tokenizer, encoder, Questions(train, test), mesh, places)
-
-
-def geometry(config: Any) -> TransformerConfig:
-    """The decoder of `model.shape`, for which no file is read."""
-    fields = dict(SHAPES[config.model.shape])
-    if "vocab" not in fields:
-        fields["vocab"] = closed_vocabulary(questions.chain_pieces()).vocab_size
-    return TransformerConfig(**fields, dtype=config.model.dtype, remat=config.model.remat)
-
-
-def initial(s: Setting) -> Any:
-    """Parameters before the first step: of `init_from`, of `model.path`, or drawn; and fresh adapters."""
-    base, places = dataclasses.replace(s.cfg, lora=None), lora.off(s.shardings)
-    key = jax.random.key(s.config.seed)
-    if s.config.init_from:
-        params = checkpoint.load(s.config.init_from, transformer.abstract(base), shardings=places)
-    elif s.source is None:
-        params = jax.jit(partial(transformer.init, cfg=base), out_shardings=places)(key)
-    else:
-        read = gguf.load if s.source.suffix == gguf.SUFFIX else hf.load
-        params = read(s.source, base, shardings=places)
-    if s.cfg.lora is None:
-        return params
-    return sharding.place(lora.attach(key, params, base, s.cfg.lora)[0], s.shardings)
+    return Setting(config, model, encoder, Questions(train, test))
 
 
 # Training --------------------------------------------------------------------------------------
@@ -228,84 +141,26 @@ def loss(params: Any, batch: Any, *, cfg: TransformerConfig, responses: int) -> 
 
 def train(run: Run, s: Setting) -> Any:
     """Parameters after `steps` updates."""
-    state, step = start(run, s)
-    data = batches.dataset(
-        s.questions.train, s.encoder.sft, batch=s.config.sft.batch, seed=s.config.seed
+    config, sft = s.config, s.config.sft
+    objective = partial(loss, cfg=s.policy.cfg, responses=config.data.max_completion)
+    state, step = policy.begin(
+        run, s.policy, config, sft, objective, steps=config.steps, stage=STAGE
     )
-    for i in run.steps(state, s.config.steps):
+    data = batches.dataset(s.questions.train, s.encoder.sft, batch=sft.batch, seed=config.seed)
+    for i in run.steps(state, config.steps):
         batch = data[i]
-        state, metrics = step(state, place(s, batch.arrays))
+        state, metrics = step(state, policy.place(s.policy, batch.arrays))
         run.log(i, metrics, ids=batch.ids)
         run.save(i, state)
     return state.params
 
 
-def start(run: Run, s: Setting) -> tuple[State, Any]:
-    """The state, resumed or begun, and the compiled step."""
-    sft, optimizer = s.config.sft, _optimizer(s.config)
-    begin = partial(init_state, optimizer=optimizer, trainable=_trainable(s.cfg))
-    abstract = jax.eval_shape(begin, transformer.abstract(s.cfg))
-    shardings = state_shardings(abstract, s.shardings, s.mesh)
-    state = run.restore(
-        lambda: begin(initial(s)), stage=STAGE, shardings=shardings, abstract=abstract, jit=False
-    )
-    step = make_step(
-        partial(loss, cfg=s.cfg, responses=s.config.data.max_completion),
-        optimizer,
-        micro_batches=sft.micro_batches,
-        max_grad_norm=sft.max_grad_norm,
-        trainable=_trainable(s.cfg),
-        shardings=s.shardings if s.mesh.size > 1 else None,
-    )
-    return state, compile_step(step, shardings)
-
-
-def place(s: Setting, arrays: Any) -> Any:
-    """A host batch on the mesh: rows over (data, fsdp)."""
-    return sharding.place(arrays, sharding.batch_sharding(s.mesh, arrays))
-
-
 # Answers ---------------------------------------------------------------------------------------
 
 
-def sampler(s: Setting, *, n: int = 1, temperature: float = 0.0) -> Any:
-    """`(params, examples, key) -> [(text, finished)]`, n answers to each example."""
-    settings = Sampling(
-        max_new=s.config.data.max_completion,
-        eos=(s.tokenizer.eos,),
-        pad=s.tokenizer.pad,
-        temperature=temperature,
-    )
-
-    @partial(sharding.on_mesh, s.mesh)
-    @jax.jit
-    def draw(params: Any, rows: Any, ids: Any, key: Any) -> Any:
-        x = transformer.embed(params, s.cfg, rows.tokens)
-        prompts = Prompts(x, rows.position, rows.segment, rows.next_position)
-        out = generate(
-            params, s.cfg, prompts, request_ids=ids, key=key, sampling=settings, n=n
-        )  # fmt: skip
-        return out.tokens, out.length, out.finish
-
-    def call(params: Any, examples: Any, key: Any) -> list[tuple[str, bool]]:
-        longest = max(len(s.encoder.prompt(e)) for e in examples)
-        _within(s, longest + s.config.data.max_completion, "prompt and data.max_completion")
-        length = -(-longest // 32) * 32
-        parts = sharding.row_parts(s.mesh)
-        size = -(-min(s.config.eval.batch, len(examples)) // parts) * parts
-        found: list[tuple[str, bool]] = []
-        for at in range(0, len(examples), size):
-            rows = list(examples[at : at + size])
-            rows += [rows[-1]] * (size - len(rows))  # one shape, and whole rows on every device
-            arrays = place(s, s.encoder.prompts(rows, length=length))
-            ids = np.arange(at, at + size, dtype=np.int32)
-            tokens, lengths, finish = sharding.fetch(draw(params, arrays, ids, key))
-            tokens = tokens.reshape(-1, tokens.shape[-1])
-            texts = [s.tokenizer.decode(t[:k]) for t, k in zip(tokens, lengths.ravel())]
-            found += list(zip(texts, (finish.ravel() == FINISH_EOS).tolist()))
-        return found[: n * len(examples)]
-
-    return call
+def sampler(s: Setting, **settings: Any) -> Any:
+    """`policy.sampler` of a run."""
+    return policy.sampler(s.policy, s.encoder, batch=s.config.eval.batch, **settings)
 
 
 def examiner(s: Setting, examples: list[Any]) -> Any:
@@ -324,8 +179,7 @@ def examiner(s: Setting, examples: list[Any]) -> Any:
 def trained(config: Any, workdir: Any) -> tuple[Setting, Any]:
     """The setting and the last parameters of a run."""
     s = prepare(config)
-    target = transformer.abstract(s.cfg)
-    return s, checkpoint.load(workdir, target, stage=STAGE, shardings=s.shardings)
+    return s, policy.trained(s.policy, workdir, STAGE)
 
 
 def evaluate(
@@ -369,36 +223,13 @@ def sample(
 
 
 def export(config: Any, workdir: Any) -> tuple[Any, TransformerConfig, Any]:
-    """Parameters and config of a trained run, and its tokenizer: the base model's files, or its own."""
+    """Parameters and config of a trained run, and its tokenizer."""
     s, params = trained(config, workdir)
-    folder = s.source is not None and s.source.is_dir()
-    return params, s.cfg, Finetuned(s.tokenizer, s.source) if folder else s.tokenizer
+    return params, s.policy.cfg, policy.exported(s.policy)
 
 
 def plan(config: Any) -> memory.Plan:
     """Shapes of a training step, for --dry_run; touches no file, network or device."""
     check(config)
-    cfg = dataclasses.replace(geometry(config), lora=adapters(config))
-    mesh, sft = sharding.abstract_mesh(config.mesh), config.sft
-    abstract = transformer.abstract(cfg)
-    shardings = sharding.shard_tree(transformer.axes(cfg), abstract, mesh)
-    optimizer = _optimizer(config)
-    begin = partial(init_state, optimizer=optimizer, trainable=_trainable(cfg))
-    state = jax.eval_shape(begin, abstract)
-    opt = memory.sharded(state.opt, state_shardings(state, shardings, mesh).opt)
-    b, t = sft.batch, config.data.max_tokens
-    ints = jax.ShapeDtypeStruct((b, t), jnp.int32)
-    batch = {"tokens": ints, "response": jax.ShapeDtypeStruct((b, t), bool)}
-    batch |= {"segment": ints, "position": ints}
-    parts = sharding.row_parts(mesh) * mesh.shape["sequence"]
-    rows = math.ceil(b / sft.micro_batches)
-    return memory.Plan(
-        params=memory.sharded(abstract, shardings),
-        opt=opt,
-        trainable=_trainable(cfg),
-        activations={"decoder": memory.decoder_activations(cfg, rows, t, parts=parts)},
-        logits=memory.logits_chunk(cfg.vocab, 1024, parts=mesh.shape["tensor"]),
-        batch=memory.sharded(batch, sharding.batch_sharding(mesh, batch)),
-        mesh=mesh,
-        stage=STAGE,
-    )
+    cfg = policy.geometry(config, questions.chain_pieces())
+    return policy.plan(config, cfg, config.sft, rows=config.sft.batch, stage=STAGE)

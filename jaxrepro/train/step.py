@@ -96,14 +96,16 @@ def make_step(
     *,
     micro_batches: int = 1,
     max_grad_norm: float | int | None = None,
-    stats: Callable | None = None,
+    prepare: Callable | None = None,
     trainable: Any = None,
     shardings: Any = None,
 ) -> Callable[[State, Any], tuple[State, dict]]:
     """Build `step(state, batch) -> (state, metrics)`, pure; `compile_step` jits it.
 
-    loss(params, batch) -> (loss_sum, weight_sum, aux). With `stats(params, batch)`, which runs once
-    without gradient over the whole batch, the loss is called as loss(params, batch, stats).
+    loss(params, batch) -> (loss_sum, weight_sum, aux).
+    prepare(state, batch) -> (batch, extra) runs first, once, without gradient, over the whole batch: what
+    an item owes to the other items or to the state it puts into the batch, as leaves with rows or as
+    scalars, and it gives the state's next `extra`.
     trainable: see `state.trainable_mask`; frozen leaves have neither gradient nor moments.
     max_grad_norm clips the gradient of the mean loss by its global norm (None or 0: no clipping).
     shardings: of the parameters; pins the gradients there (give it wherever fsdp or tensor > 1).
@@ -122,8 +124,10 @@ def make_step(
         params = state.params
         mask = trainable_mask(trainable, params)
         part = select(params, mask)
-        shared = () if stats is None else (jax.lax.stop_gradient(stats(params, batch)),)
-        objective = lambda part, rows: loss(merge(part, params, mask), rows, *shared)
+        extra = state.extra
+        if prepare is not None:
+            batch, extra = jax.lax.stop_gradient(prepare(state, batch))
+        objective = lambda part, rows: loss(merge(part, params, mask), rows)
         at = None if shardings is None else select(shardings, mask)
         total, weight, aux, grads = accumulate(objective, part, batch, micro_batches, at)
 
@@ -140,7 +144,7 @@ def make_step(
             step=state.step + 1,
             params=merge(optax.apply_updates(part, updates), params, mask),
             opt=opt,
-            extra=state.extra,
+            extra=extra,
         )
         finite = jnp.isfinite(total) & jnp.isfinite(weight) & jnp.isfinite(norm)
         new = jax.tree.map(

@@ -18,7 +18,7 @@ from jaxrepro.config import UserError
 from jaxrepro.data import batches, locate, questions
 from jaxrepro.data.text import closed_vocabulary
 from jaxrepro.models import hf, lora, transformer
-from jaxrepro.train import quiz, sft
+from jaxrepro.train import policy, quiz, sft
 from jaxrepro.train.loop import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -52,7 +52,7 @@ def small(tmp_path_factory):
     names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = {name: getattr(jax.config, name) for name in names}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sft.SHAPES, "tiny", sft.SHAPES["tiny"] | shape)
+        patch.setitem(policy.SHAPES, "tiny", policy.SHAPES["tiny"] | shape)
         patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
         for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.1)):
             jax.config.update(name, value)
@@ -111,7 +111,7 @@ def test_a_resumed_run_has_the_same_bits_and_the_same_before(
 
 def test_the_loss_is_the_mean_over_answer_tokens_of_the_whole_batch(small):
     s = sft.prepare(settings())
-    params = sft.initial(s)
+    params = policy.initial(s.policy, s.config)
     rows = batches.dataset(s.questions.train, s.encoder.sft, batch=4)[0].arrays
     rows = jax.tree.map(jnp.asarray, rows)
     tokens = rows["tokens"]
@@ -119,12 +119,14 @@ def test_the_loss_is_the_mean_over_answer_tokens_of_the_whole_batch(small):
     @jax.jit
     def both(params, rows):
         tokens = rows["tokens"]
-        x = transformer.embed(params, s.cfg, tokens.tokens)
+        x = transformer.embed(params, s.policy.cfg, tokens.tokens)
         hidden, _ = transformer.apply(
-            params, s.cfg, x, position=tokens.position, segment=tokens.segment
+            params, s.policy.cfg, x, position=tokens.position, segment=tokens.segment
         )
-        logits = transformer.logits(params, s.cfg, hidden)
-        return sft.loss(params, rows, cfg=s.cfg, responses=32)[:2], jax.nn.log_softmax(logits)
+        logits = transformer.logits(params, s.policy.cfg, hidden)
+        return sft.loss(params, rows, cfg=s.policy.cfg, responses=32)[:2], jax.nn.log_softmax(
+            logits
+        )
 
     (total, count), lp = both(params, rows)
     wanted = [
@@ -151,8 +153,8 @@ def test_a_run_on_a_mesh_is_that_of_one_device(finished, small, tmp_path, mesh):
 def test_every_mesh_gives_the_loss_and_gradient_of_one_device():
     s = sft.prepare(settings())
     rows = batches.dataset(s.questions.train, s.encoder.sft, batch=8)[0].arrays
-    loss = lambda params, batch: sft.loss(params, batch, cfg=s.cfg, responses=32)
-    meshes.check(loss, sft.initial(s), transformer.axes(s.cfg), rows)
+    loss = lambda params, batch: sft.loss(params, batch, cfg=s.policy.cfg, responses=32)
+    meshes.check(loss, policy.initial(s.policy, s.config), transformer.axes(s.policy.cfg), rows)
 
 
 def test_init_from_starts_where_another_run_ended(finished, small, tmp_path):
@@ -193,7 +195,7 @@ def test_evaluate_and_sample_use_the_trained_model(finished, capsys, monkeypatch
 
 def test_answers_depend_on_neither_batch_size_nor_padding_rows(small):
     s = sft.prepare(settings())
-    params, key = sft.initial(s), jax.random.key(0)
+    params, key = policy.initial(s.policy, s.config), jax.random.key(0)
     asked = s.questions.test[:5]
     whole = sft.sampler(s, temperature=1.0)(params, asked, key)
     one = s._replace(config=settings(eval__batch=2))
@@ -234,7 +236,7 @@ def test_an_exported_base_model_stops_at_the_end_of_turn_that_was_trained(
     def exported(path, out):
         chosen = settings(model__path=str(path))
         s = sft.prepare(chosen)
-        monkeypatch.setattr(sft, "trained", lambda *_: (s, sft.initial(s)))
+        monkeypatch.setattr(sft, "trained", lambda *_: (s, policy.initial(s.policy, s.config)))
         export.write(out, *sft.export(chosen, tmp_path), "card")
         return s
 
@@ -242,9 +244,14 @@ def test_an_exported_base_model_stops_at_the_end_of_turn_that_was_trained(
     s = exported(base, out)
     theirs, generation = AutoTokenizer.from_pretrained(out), GenerationConfig.from_pretrained(out)
     end = theirs.convert_tokens_to_ids("<|im_end|>")
-    assert generation.eos_token_id == [end, s.tokenizer.pad] and end == s.tokenizer.eos
-    assert (generation.bos_token_id, generation.pad_token_id) == (s.tokenizer.pad,) * 2
-    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [end, s.tokenizer.pad]
+    assert (
+        generation.eos_token_id == [end, s.policy.tokenizer.pad] and end == s.policy.tokenizer.eos
+    )
+    assert (generation.bos_token_id, generation.pad_token_id) == (s.policy.tokenizer.pad,) * 2
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [
+        end,
+        s.policy.tokenizer.pad,
+    ]
     asked = [{"role": "system", "content": s.encoder.system}, {"role": "user", "content": "3 + 4"}]
     prompt = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
     assert prompt == s.encoder.prompt({"id": "x", "problem": "3 + 4"})

@@ -145,23 +145,41 @@ def test_an_expression_a_predicate_and_a_tree_say_what_is_trained():
         assert trainable_mask(trainable, params) == expected
 
 
-def test_statistics_of_the_whole_batch_reach_every_micro_batch_without_gradient():
+def test_what_prepare_adds_reaches_every_micro_batch_without_gradient():
     params, batch = problem()
-    stats = lambda p, b: {"mean": loss(p, b)[0] / loss(p, b)[1]}
 
-    def centred(p, rows, s):
+    def prepare(state, batch):
+        total, weight, _ = loss(state.params, batch)
+        rows = jnp.arange(len(batch["x"]), dtype=jnp.float32)
+        return batch | {"mean": total / weight, "row": rows}, {"seen": state.extra["seen"] + 1}
+
+    def centred(p, rows):
         total, weight, aux = loss(p, rows)
-        return total - s["mean"] * weight, weight, aux
+        return (
+            total - rows["mean"] * weight,
+            weight,
+            aux | {"row": (rows["row"].sum(), len(rows["row"]))},
+        )
 
     results = []
     for m in (1, 4):
-        step = jitted(centred, optax.sgd(0.1), micro_batches=m, stats=stats)
-        state, metrics = step(init_state(params, optax.sgd(0.1)), batch)
-        assert abs(float(metrics["loss"])) < 1e-4
+        step = jitted(centred, optax.sgd(0.1), micro_batches=m, prepare=prepare)
+        state = init_state(params, optax.sgd(0.1), extra={"seen": jnp.zeros((), jnp.int32)})
+        state, metrics = step(state, batch)
+        assert abs(float(metrics["loss"])) < 1e-4 and int(state.extra["seen"]) == 1
+        assert float(metrics["row"]) == (len(batch["x"]) - 1) / 2
         results.append(state.params)
     plain, _ = jitted(loss, optax.sgd(0.1))(init_state(params, optax.sgd(0.1)), batch)
-    meshes.assert_same(results[0], plain.params)  # the statistic is a constant to the gradient
+    meshes.assert_same(results[0], plain.params)  # what was prepared is a constant to the gradient
     meshes.assert_same(results[1], plain.params)
+
+
+def test_a_non_finite_step_takes_back_the_extra_state_too():
+    params, batch = problem()
+    batch["y"][3], batch["weight"][3] = np.nan, 1
+    step = jitted(loss, optax.sgd(0.1), prepare=lambda s, b: (b, s.extra + 1))
+    state, _ = step(init_state(params, optax.sgd(0.1), extra=jnp.zeros(())), batch)
+    assert float(state.extra) == 0
 
 
 def test_a_non_finite_step_leaves_the_state_alone_and_says_so():
