@@ -34,35 +34,50 @@ def completion_log_probs(
 ) -> Any:
     """lp (b, n, c) float32 [, entropy (b, n, c)] of n completions per prompt; 0 at and after `length`.
 
+    The prompt is described at `completion_hidden`. Gradients flow through the prompt.
+    """
+    hidden = completion_hidden(params, cfg, x, position, segment, next_position, tokens, length)
+    head = transformer.head(params, cfg)
+    out = token_log_probs(
+        hidden, head, tokens, temperature=temperature, chunk=chunk, entropy=entropy
+    )
+    keep = jnp.arange(tokens.shape[-1]) < length[..., None]
+    return tuple(jnp.where(keep, a, 0.0) for a in out) if entropy else jnp.where(keep, out, 0.0)
+
+
+def completion_hidden(
+    params: dict,
+    cfg: TransformerConfig,
+    x: Float[Array, "b t d"],
+    position: Int[Array, "b t"] | Int[Array, "b 3 t"],
+    segment: Int[Array, "b t"],
+    next_position: Int[Array, "b"],
+    tokens: Int[Array, "b n c"],
+    length: Int[Array, "b n"],
+) -> Float[Array, "b n c d"]:
+    """The hidden state that predicts each token of n completions per prompt; the prompt runs once.
+
     x: prompt embeddings, segment 0 = padding on the right. Validity comes from `length` alone: a pad
-    or eos id inside a completion is a token like any other. Gradients flow through the prompt.
+    or eos id inside a completion is a token like any other. At and after `length` the state means
+    nothing.
     """
     b, n, c = tokens.shape
     hidden, kv = transformer.apply(params, cfg, x, position=position, segment=segment)
     hidden = jnp.broadcast_to(last(hidden, segment)[:, None, None], (b, n, 1, cfg.d))
-    if c > 1:  # the last token of a completion is predicted, never read
-        step = jnp.arange(c - 1)
-        at = jnp.broadcast_to(next_position[:, None, None] + step, (b, n, c - 1))
-        real = step < length[..., None]
-        rest, _ = transformer.apply(
-            params,
-            cfg,
-            transformer.embed(params, cfg, tokens[..., :-1].reshape(b * n, c - 1)),
-            position=at.reshape(b * n, c - 1),
-            segment=real.reshape(b * n, c - 1).astype(jnp.int32),
-            prefix=Prefix(kv, segment > 0),
-        )
-        hidden = jnp.concatenate([hidden, rest.reshape(b, n, c - 1, cfg.d)], axis=2)
-    out = token_log_probs(
-        hidden,
-        transformer.head(params, cfg),
-        tokens,
-        temperature=temperature,
-        chunk=chunk,
-        entropy=entropy,
+    if c == 1:  # the last token of a completion is predicted, never read
+        return hidden
+    step = jnp.arange(c - 1)
+    at = jnp.broadcast_to(next_position[:, None, None] + step, (b, n, c - 1))
+    real = step < length[..., None]
+    rest, _ = transformer.apply(
+        params,
+        cfg,
+        transformer.embed(params, cfg, tokens[..., :-1].reshape(b * n, c - 1)),
+        position=at.reshape(b * n, c - 1),
+        segment=real.reshape(b * n, c - 1).astype(jnp.int32),
+        prefix=Prefix(kv, segment > 0),
     )
-    keep = jnp.arange(c) < length[..., None]
-    return tuple(jnp.where(keep, a, 0.0) for a in out) if entropy else jnp.where(keep, out, 0.0)
+    return jnp.concatenate([hidden, rest.reshape(b, n, c - 1, cfg.d)], axis=2)
 
 
 def last(hidden: Float[Array, "b t d"], segment: Int[Array, "b t"]) -> Float[Array, "b d"]:
