@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrepro import export
 from jaxrepro.config import ROOT, UserError
 from jaxrepro.data import chat, locate, questions
 from jaxrepro.data.questions import Encoder
 from jaxrepro.data.text import Tokenizer, load_tokenizer
-from jaxrepro.models import gguf, transformer
+from jaxrepro.models import gguf, lora, transformer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from gguf_files import LLAMA, QWEN2, drawn, write
@@ -102,6 +103,26 @@ def test_the_tokenizer_is_that_of_transformers_and_its_template_ours(path, token
         [{"role": "user", "content": text[:9]}], add_generation_prompt=True, tokenize=False
     )
     assert asked == chat.render(text[:9], system=system)
+
+
+def test_trained_adapters_leave_as_a_model_that_transformers_reads_with_equal_logits(
+    ours, tokenizer, tmp_path
+):
+    params, cfg = ours
+    params, cfg = lora.attach(jax.random.key(0), params, cfg, lora.Lora(rank=4))
+    trained = lambda path, w: 0.02 * np.random.default_rng(0).normal(size=w.shape).astype("f4")
+    moved = jax.tree_util.tree_map_with_path(trained, params["layers"]["lora"])
+    params = params | {"layers": params["layers"] | {"lora": moved}}
+    out = tmp_path / "model"
+    export.write(out, params, cfg, tokenizer, "# A model card")
+    ids = transformers.AutoTokenizer.from_pretrained(out)(FRANCE)["input_ids"]
+    assert ids == tokenizer.encode(FRANCE)
+    found = logits(params, cfg, [ids])
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        wanted = model(torch.tensor([ids])).logits.numpy()
+    assert np.abs(found - wanted).max() < 1e-3
+    assert np.abs(wanted - logits(*ours, [ids])).max() > 0.1  # the adapters are in it
 
 
 def test_the_template_of_a_tokenizer_without_one_writes_our_chat(tokenizer, tmp_path):
