@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_dict
 
 SIZES = {
     "tiny": {"needs": "2 CPU cores, 2 GB", "minutes": "3"},
-    "smollm2": {"needs": "2 CPU cores, 6 GB, network once", "minutes": "45"},
+    "smollm2": {"needs": "2 CPU cores, 10 GB, network once", "minutes": "45"},
     "gpu": {"needs": "one 24 GB GPU, network once", "minutes": "10-20 (unmeasured)"},
     "qwen2_1_5b": {"needs": "one 80 GB GPU, Qwen2.5-1.5B, GSM8K", "minutes": "60 (unmeasured)"},
 }
@@ -98,9 +98,25 @@ def get_config(size: str = "tiny") -> ConfigDict:
 
 def get_claims(size: str = "tiny") -> dict:
     """Pre-registered claims of a size."""
+    after, before = "after/test/exact_match", "before/test/exact_match"
+    if size == "smollm2":
+        return {
+            "seeds": 1,  # the interval is over the questions
+            "arms": {"sft": {}},
+            "claims": (
+                {
+                    "name": "learns",
+                    "kind": "paired_difference",
+                    "arm": "sft",
+                    "metric": after,
+                    "baseline": "sft",
+                    "baseline_metric": before,
+                    "says": "200 steps raise exact match on held-out problems",
+                },
+            ),
+        }
     if size != "tiny":
         return {"arms": {"sft": {}}, "claims": ()}
-    after, before = "after/test/exact_match", "before/test/exact_match"
     return {
         "seeds": 3,
         "arms": {"sft": {}},
