@@ -37,6 +37,7 @@ from jaxrepro.config import UserError
 
 KINDS = ("paired_difference", "threshold", "target", "equivalence", "every_seed")
 HOLDS, UNRESOLVED, CONTRADICTED = "holds", "not resolved", "contradicted"
+RIGHT = ("accuracy", "exact_match")  # metrics that are the mean of a split's items
 PRELUDE = "prelude"  # may be named as a claim's baseline: the shared warm-up
 
 
@@ -302,10 +303,10 @@ def _over_items(
 
 
 def _items(run: Outcome, metric: str) -> np.ndarray | None:
-    """Outcomes behind a metric: items[metric], or items[split] where the metric is an accuracy."""
+    """Outcomes behind a metric: items[metric], or items[split] where the metric is a share of right items."""
     split, _, leaf = metric.rpartition("/")
     items = run.items or {}
-    found = items.get(metric, items.get(split) if leaf == "accuracy" else None)
+    found = items.get(metric, items.get(split) if leaf in RIGHT else None)
     if found is None or len(found) < 2:
         return None
     x = np.asarray(found, np.float64)
