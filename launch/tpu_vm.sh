@@ -59,13 +59,15 @@ case "$action" in
     do_it git -C "$root" archive --format=tar.gz --output="$archive" HEAD
     do_it gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:jaxrepro.tar.gz" "${place[@]}" \
       --worker=all
+    # the image's own Python may be older than 3.11; uv brings one
     on_all "mkdir -p jaxrepro && tar -xzf jaxrepro.tar.gz -C jaxrepro && cd jaxrepro && \
-python3 -m venv venv && venv/bin/pip install --quiet '.[tpu]'"
+python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --python 3.11 venv && \
+python3 -m uv pip install --quiet --python venv/bin/python '.[tpu]'"
     ;;
   run)
     [[ " $*" == *" --config="* ]] || fail "run needs --config=configs/NAME.py[:SIZE]"
     [[ " $*" == *" --workdir="* ]] || fail "run needs --workdir=FOLDER on a disk that all workers share"
-    on_all "cd jaxrepro && exec venv/bin/python -m jaxrepro.launch --distributed=on$(printf ' %q' "$@")"
+    on_all "cd jaxrepro && exec venv/bin/python -m jaxrepro.launch --distributed=auto$(printf ' %q' "$@")"
     ;;
   delete)
     do_it gcloud compute tpus tpu-vm delete "$TPU_NAME" "${place[@]}" --quiet

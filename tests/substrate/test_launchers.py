@@ -95,7 +95,7 @@ def test_the_command_on_a_tpu_worker_has_the_words_it_was_given():
     (ssh,) = dry(LAUNCH / "tpu_vm.sh", "run", *HARD, **TPU)
     assert ssh[5:8] == ["mine", "--zone=us-central2-b", "--worker=all"]
     remote = ssh[8].removeprefix("--command=")
-    launch = ["exec", "venv/bin/python", "-m", "jaxrepro.launch", "--distributed=on"]
+    launch = ["exec", "venv/bin/python", "-m", "jaxrepro.launch", "--distributed=auto"]
     assert shlex.split(remote) == ["cd", "jaxrepro", "&&", *launch, *HARD]
 
 
