@@ -346,11 +346,3 @@ def test_gain_and_verdict_are_of_pairs():
     assert quiz.verdict(found).endswith("better")
     assert quiz.verdict(quiz.gain(after, before)).endswith("worse")
     assert quiz.verdict(quiz.gain(after, after)).endswith("not resolved")
-
-
-@pytest.mark.slow
-def test_the_tiny_size_learns(tmp_path):
-    chosen = config.load("configs/sft.py", {"log.tensorboard": False, "eval.n": 128})
-    results = sft.run(chosen, tmp_path)
-    assert results["before/test/exact_match"] < 0.1 and results["after/test/exact_match"] > 0.9
-    assert results["test/gain_lo"] > 0.8
