@@ -11,7 +11,7 @@ are known and positions can be computed on the host. A prompt is never cut: one 
 no longer fits its features. In the template above a line breaks only where \\n is written.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,13 +53,23 @@ def prompt(tokenizer: Tokenizer, question: str, *, system: str = SYSTEM) -> str:
     UserError where the template knows no system role, and for special tokens as in `render`.
     """
     _refuse_special(question, system, (*SPECIAL, *tokenizer.specials))
-    asked = [{"role": "user", "content": question}]
-    if not system:
-        return tokenizer.chat(asked, answer=True)
+    return conversation(tokenizer, [{"role": "user", "content": question}], system=system)
+
+
+def conversation(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, system: str = SYSTEM
+) -> str:
+    """The prompt of several turns, up to where the assistant answers; a system turn of theirs stays.
+
+    messages: {"role", "content"}, the last one not the assistant's. Their texts are not searched for
+    special tokens. UserError where the template fails, for instance at the system role.
+    """
+    if not system or messages[0]["role"] == "system":
+        return tokenizer.chat(messages, answer=True)
     try:
-        return tokenizer.chat([{"role": "system", "content": system}, *asked], answer=True)
+        return tokenizer.chat([{"role": "system", "content": system}, *messages], answer=True)
     except UserError as e:
-        tokenizer.chat(asked, answer=True)  # whatever it fails at is then not the system role
+        tokenizer.chat(messages, answer=True)  # whatever it fails at is then not the system role
         raise UserError(f"{e}; it takes no system role: set data.system=''") from e
 
 

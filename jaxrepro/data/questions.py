@@ -12,20 +12,18 @@ that has one loses the training items whose text is also a test item.
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxrepro.config import UserError
-from jaxrepro.data import chat, locate
+from jaxrepro.data import chat, sources
 from jaxrepro.data.batches import Generated, PromptTokens
 from jaxrepro.data.text import Tokenizer
 from jaxrepro.ops.logprob import Tokens
@@ -158,101 +156,35 @@ def _same(a: str | None, b: str) -> bool:
 
 
 def _from_path(path: str, subset: str | None, test: int) -> Questions:
-    try:
-        place = locate.data(path)
-    except UserError:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-            raise
-        return _apart(*_from_hub(path, subset), test)
-    if place.is_dir():
-        pair = [_one(place, "train"), _one(place, "test", optional=True)]
-    else:
-        sibling = re.sub(r"train(?=\.jsonl(\.gz)?$)", "test", place.name)
-        other = place.with_name(sibling)
-        pair = [place, other if other != place and other.is_file() else None]
-    return _apart(read_jsonl(pair[0]), None if pair[1] is None else read_jsonl(pair[1]), test)
+    found = sources.load(path, subset or SUBSETS.get(path))
+    made = {split: [record(r.fields, r.id) for r in rows] for split, rows in found.items()}
+    return Questions(*apart(made["train"], made.get("test"), test))
 
 
-def _one(folder: Path, split: str, *, optional: bool = False) -> Path | None:
-    """train.jsonl[.gz] of a folder, else its only *_train.jsonl[.gz]; likewise test."""
-    names = sorted(p.name for p in folder.iterdir())
-    exact = [n for n in names if re.fullmatch(rf"{split}\.jsonl(\.gz)?", n)]
-    found = exact or [n for n in names if re.fullmatch(rf".+_{split}\.jsonl(\.gz)?", n)]
-    if not found and optional:
-        return None
-    if len(found) != 1:
-        what = f"several ({', '.join(found)})" if found else "none"
-        raise UserError(
-            f"data.path={folder}: one {split}.jsonl or *_{split}.jsonl (.gz or not) is needed, "
-            f"there are {what}; give the file x_train.jsonl, its x_test.jsonl is found beside it"
-        )
-    return folder / found[0]
+def apart(
+    train: list[Any],
+    test: list[Any] | None,
+    count: int,
+    *,
+    key: Callable[[Any], str] = itemgetter("problem"),
+) -> tuple[list[Any], list[Any]]:
+    """Training and test items without a text in common; without a test split, `count` by `held_out`.
 
-
-def _apart(train: list[Any], test: list[Any] | None, count: int) -> Questions:
-    """Both sides without a text in common; without a test split, by `held_out`."""
+    key: the text of an item. UserError where a side would be empty.
+    """
+    text = lambda item: " ".join(key(item).split())
     if test is None:
-        test = [e for e in train if held_out(e["problem"])][:count]
-        train = [e for e in train if not held_out(e["problem"])]
-    texts = {" ".join(e["problem"].split()) for e in test}
-    kept = [e for e in train if " ".join(e["problem"].split()) not in texts]
+        test = [e for e in train if held_out(key(e))][:count]
+        train = [e for e in train if not held_out(key(e))]
+    texts = {text(e) for e in test}
+    kept = [e for e in train if text(e) not in texts]
     if len(kept) < len(train):
         print(f"left out: {len(train) - len(kept)} training items that are test items", flush=True)
     if not kept or not test:
         raise UserError(
             f"{len(kept)} training and {len(test)} test items; both sides need at least 1"
         )
-    return Questions(kept, test)
-
-
-def _from_hub(name: str, subset: str | None) -> tuple[list[Any], list[Any] | None]:
-    """Training and test items of a data set of the Hugging Face hub."""
-    from datasets import get_dataset_split_names, load_dataset
-
-    subset = subset or SUBSETS.get(name)
-    try:
-        splits = get_dataset_split_names(name, subset)
-        rows = {s: load_dataset(name, subset, split=s) for s in ("train", "test") if s in splits}
-    except (OSError, ValueError, RuntimeError) as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(
-            f"data.path={name} is neither a file or folder here nor a data set that the hub gave "
-            f"(data.subset={subset}): {reason}"
-        ) from e
-    if "train" not in rows:
-        raise UserError(f"data.path={name} has no split train; it has {', '.join(splits)}")
-    made = {
-        split: [record(row, f"{name} {split} {i}") for i, row in enumerate(found)]
-        for split, found in rows.items()
-    }
-    return made["train"], made.get("test")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The questions of a JSONL file, gzipped or not; UserError names file and line."""
-    out = []
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{path}, line {number}: not JSON ({e})") from e
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: a {type(row).__name__}, not an object")
-        out.append(record(row, f"{path.name}:{number}"))
-    if not out:
-        raise UserError(f"{path} holds no questions")
-    return out
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            yield from enumerate(file, 1)
-    except (OSError, EOFError, UnicodeError, zlib.error) as e:
-        raise UserError(f"{path} cannot be read: {e}") from e
+    return kept, test
 
 
 def record(row: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -122,6 +122,16 @@ class Tokenizer:
         return self.id(self.named["pad_token"]) if "pad_token" in self.named else self.eos
 
     @cached_property
+    def bos(self) -> int | None:
+        """The id that the tokenizer puts before a text of its own accord; None where it puts none.
+
+        Its post-processor decides, not the name: many vocabularies have a bos_token that begins nothing.
+        """
+        ids = self.backend.encode("", add_special_tokens=True).ids
+        named = self.backend.token_to_id(self.named.get("bos_token", ""))
+        return named if named is not None and ids[:1] == [named] else None
+
+    @cached_property
     def lead(self) -> str:
         """The space that the template writes between prompt and answer, as Mistral's does."""
         return self._around[0]

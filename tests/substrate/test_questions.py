@@ -185,7 +185,7 @@ def test_files_that_hold_nothing_and_folders_that_are_ambiguous_are_refused(tmp_
     empty, broken = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"
     empty.write_text("\n")
     broken.write_bytes(b"no gzip")
-    for path, message in ((empty, "holds no questions"), (broken, "cannot be read")):
+    for path, message in ((empty, "holds no records"), (broken, "cannot be read")):
         with pytest.raises(UserError, match=message):
             questions.load(path=str(path))
     with pytest.raises(UserError, match=r"one train\.jsonl or \*_train\.jsonl .* there are none"):
