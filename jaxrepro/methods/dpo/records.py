@@ -1,0 +1,121 @@
+"""Preference records of a data path: read, checked, split, and what is worth a warning about them.
+
+    balance of KTO: lambda_D n_D / (lambda_U n_U) within about [1, 1.5]          (inferred from arXiv:2402.01306)
+    mismatched completions: (x_i, y_{i-1}), i - 1 within the same micro-batch    (arXiv:2402.01306, z0)
+
+Records come from a JSONL file, a folder or the hub, as questions do (data/sources.py). An empty response is an
+error; a chosen response that equals the rejected one is kept, counted and said once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxrepro.config import UserError
+from jaxrepro.data import questions, sources
+from jaxrepro.methods.dpo import schemas
+
+# ultrafeedback_binarized has a split for each kind of training; the preferences are these.
+SPLITS = {"train": ("train", "train_prefs"), "test": ("test", "test_prefs")}
+BALANCED = (1.0, 1.5)
+Record = dict[str, Any]
+
+
+class Preferences(NamedTuple):
+    """Checked records; no prompt is on both sides."""
+
+    train: list[Record]
+    test: list[Record]
+
+
+def load(
+    *, path: str, schema: str = "pair", subset: str | None = None, test: int = 1
+) -> Preferences:
+    """Records of a file, a folder or a data set of the hub.
+
+    A source without a test split of its own gives `test` records whose prompts are held out (fewer, where
+    it has fewer). Prints a line for what `notes` finds. UserError names file, line and field.
+    """
+    wanted = schemas.get(schema)
+    if wanted.k == 0:
+        raise UserError(
+            "data.schema=image is no text: give arrays to images() instead of data.path"
+        )
+    found = {
+        split: [wanted.validate(row.fields, row.where, id=row.id) for row in rows]
+        for split, rows in sources.load(path, subset, splits=SPLITS).items()
+    }
+    for split, records in found.items():
+        for note in notes(records):
+            print(f"{path} {split}: {note}", flush=True)
+    return Preferences(*questions.apart(found["train"], found.get("test"), test, key=asked))
+
+
+def asked(record: Mapping[str, Any]) -> str:
+    """All that a record's prompt says."""
+    return "\n".join(turn["content"] for turn in record["prompt"])
+
+
+def notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each thing that is legal but seldom meant."""
+    out = []
+    equal = sum(len(set(r["responses"])) < len(r["responses"]) for r in records)
+    if equal:
+        out.append(
+            f"{equal} of {len(records)} records have two equal responses; kept, a loss of their "
+            "difference learns nothing from them"
+        )
+    return out
+
+
+def balance(
+    records: Iterable[Mapping[str, Any]], *, desirable: float = 1.0, undesirable: float = 1.0
+) -> str | None:
+    """A warning where KTO's weights lambda_D and lambda_U do not balance the labels of unpaired records.
+
+    It names the weights that would: the rarer label's goes up. None where they balance. UserError for a
+    weight that is not above 0.
+    """
+    if not (desirable > 0 and undesirable > 0):
+        raise UserError(
+            f"the weights of desirable ({desirable}) and undesirable ({undesirable}) responses must "
+            "be above 0"
+        )
+    labels = [r["label"] for r in records]
+    good = sum(labels)
+    bad = len(labels) - good
+    if not good or not bad:
+        return f"{good} desirable and {bad} undesirable records; KTO needs both"
+    low, high = BALANCED
+    ratio = desirable * good / (undesirable * bad)
+    if low <= ratio <= high:
+        return None
+    if ratio < low:
+        name, weight = "desirable", undesirable * bad / good
+        ends = weight * low, weight * high
+    else:
+        name, weight = "undesirable", desirable * good / bad
+        ends = weight / high, weight / low
+    return (
+        f"{good} desirable and {bad} undesirable records weigh {ratio:.3g} to 1, about {low:g} to "
+        f"{high:g} is balanced; set the weight of {name} ones to {ends[0]:.3g} .. {ends[1]:.3g}"
+    )
+
+
+def mismatch(records: Sequence[Record], *, micro_batches: int = 1) -> list[Record]:
+    """Record i with the completion of the record before it in its micro-batch, the first with the last's.
+
+    Micro-batch j of m has the records j, j + m, ... (train/step.py), so the one before is i - m. Labels stay
+    with the prompt and mean nothing. UserError where a micro-batch has one record, which is its own
+    predecessor, or where micro-batches differ in size.
+    """
+    m, b = micro_batches, len(records)
+    if m < 1 or b % m or b < 2 * m:
+        raise UserError(
+            f"a batch of {b} records in {m} micro-batches has no mismatched completions; use 2 or more "
+            "records in each, the same number"
+        )
+    return [
+        {**record, "responses": records[i - m]["responses"]} for i, record in enumerate(records)
+    ]

@@ -1,0 +1,91 @@
+"""Log-probabilities of the frozen reference, computed once and kept in a folder.
+
+A file's name is a fingerprint of the weights and of every token that they read, so one made with another model,
+tokenizer, chat template (also one that writes today's date), truncation or data is never found. Scores and
+labels do not count: the reference does not see them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrepro.config import UserError
+from jaxrepro.files import whole, writing
+from jaxrepro.methods.dpo.encoding import Encoder
+from jaxrepro.methods.dpo.records import Record
+
+_VERSION = "1"  # of what a fingerprint covers
+
+
+def weights(params: Any, cfg: Any) -> str:
+    """Identity of a model: its parameters, leaf by leaf, and its config, computation dtype included.
+
+    Reads every parameter once on the host (seconds a gigabyte); each leaf must be whole on this process.
+    """
+    found = hashlib.blake2b(repr(cfg).encode(), digest_size=16)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        value = np.ascontiguousarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
+        found.update(value.reshape(-1).view(np.uint8))
+    return found.hexdigest()
+
+
+def fingerprint(model: str, encoder: Encoder, records: Sequence[Record]) -> str:
+    """32 hexadecimal digits of a model (`weights`) and the rows of these records, in this order."""
+    head = f"{_VERSION} {model} {encoder.k} {encoder.max_tokens}"
+    found = hashlib.blake2b(head.encode(), digest_size=16)
+    for record in records:
+        for row in encoder.rows(record):
+            found.update(np.array([len(row.tokens), row.start, *row.tokens], np.int64))
+        found.update(b"next")
+    return found.hexdigest()
+
+
+def save(folder: str | os.PathLike, key: str, lp: Any, *, ids: Sequence[str] = ()) -> Path:
+    """Write log-probabilities (n, ...) float32 whole or not at all; the file.
+
+    UserError where a number is not finite; ids name the records in that message.
+    """
+    lp = np.asarray(lp, np.float32)
+    _refuse(lp, ids, "the reference gives it a log-probability that is not finite; check the model")
+    path = place(folder, key)
+    with writing(path), whole(path) as file:
+        np.save(file, lp, allow_pickle=False)
+    return path
+
+
+def load(folder: str | os.PathLike, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """What `save` wrote under this key, or None. UserError for a damaged file or another shape."""
+    path = place(folder, key)
+    if not path.is_file():
+        return None
+    try:
+        lp = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"{path} is damaged ({e}); delete it, it is computed again") from e
+    if lp.shape != shape or lp.dtype != np.float32:
+        raise UserError(
+            f"{path} holds {lp.dtype} {lp.shape}, float32 {shape} is needed; delete it, it is "
+            "computed again"
+        )
+    _refuse(lp, (), f"{path} holds numbers that are not finite; delete it, it is computed again")
+    return lp
+
+
+def place(folder: str | os.PathLike, key: str) -> Path:
+    """The file of a key."""
+    return Path(folder) / f"reference-{key}.npy"
+
+
+def _refuse(lp: np.ndarray, ids: Sequence[str], message: str) -> None:
+    bad = np.flatnonzero(~np.isfinite(lp).reshape(len(lp), -1).all(1))
+    if len(bad):
+        name = ids[bad[0]] if len(ids) else f"number {bad[0]}"
+        raise UserError(f"example {name} ({len(bad)} of {len(lp)}): {message}")
