@@ -419,17 +419,67 @@ def test_steps_follow_their_prefix_and_do_not_end_the_turn(tokenizer):
 
 def test_arrays_hold_what_the_schema_has(tokenizer):
     for name in sorted(set(VALID) - {"image"}):
-        e = encoder(tokenizer, 32, name, responses=4)
+        e = encoder(tokenizer, 32, name, responses={"ranked": 4, "forget": 1}.get(name))
         out = e.arrays([check(name, VALID[name])] * 2)
         k = 4 if name == "ranked" else schemas.get(name).k
         assert e.k == k and out["tokens"].tokens.shape == (2, k, 32)
         more = {"scored": "scores", "ranked": "scores", "multi": "rewards", "tie": "ties"}
-        more |= {"unpaired": "labels", "forget": "labels"}
+        more |= {"unpaired": "labels"}
         assert set(out) == {"tokens", "valid"} | ({more[name]} if name in more else set())
         assert out["valid"].sum() == 2 * min(k, len(check(name, VALID[name])["responses"]))
         jnp.asarray(out["tokens"].tokens)
     multi = encoder(tokenizer, 32, "multi").arrays([check("multi", VALID["multi"])])
     np.testing.assert_array_equal(multi["rewards"], np.float32([[[1, 0.5], [0, 2]]]))
+
+
+def test_optional_fields_become_arrays_where_a_loss_wants_them(tokenizer):
+    more = {"probability": 0.75, "age": 2, "unsafe_chosen": False, "unsafe_rejected": True}
+    for name in ("pair", "scored", "tie", "multi", "step"):
+        record = check(name, VALID[name], **more)
+        assert record["unsafe"] == [False, True]
+        out = encoder(tokenizer, 40, name, extra=("unsafe", "age", "probability")).arrays([record])
+        assert out["probability"].tolist() == [0.75] and out["age"].tolist() == [2.0]
+        assert out["unsafe"].tolist() == [[False, True]] and out["unsafe"].dtype == bool
+    record = check("unpaired", VALID["unpaired"], score=1.5)
+    e = encoder(tokenizer, 40, "unpaired", extra=("scores",))
+    assert e.arrays([record])["scores"].tolist() == [[1.5]]
+    with pytest.raises(UserError, match="example x:3 has no score, which the loss needs"):
+        e.arrays([check("unpaired", VALID["unpaired"])])
+    assert "scores" not in encoder(tokenizer, 40, "unpaired").arrays([record])
+    for changes, message in (
+        ({"probability": 0.4}, "field 'probability' is 0.4; chosen beats rejected with 0.5 to 1"),
+        ({"age": -1}, "field 'age' is -1"),
+        ({"unsafe_chosen": True}, "unsafe_chosen and unsafe_rejected come together"),
+    ):
+        with pytest.raises(UserError, match=rf"x\.jsonl line 3: .*{message}"):
+            check("pair", PAIR, **changes)
+    with pytest.raises(UserError, match="no optional field 'ages'; did you mean age"):
+        encoder(tokenizer, extra=("ages",))
+
+
+def test_what_is_forgotten_stands_beside_what_is_kept(tokenizer):
+    make = lambda i, retain: check("forget", VALID["forget"], prompt=f"{i}", retain=retain, id=i)
+    forget, retain = [make(i, False) for i in range(7)], [make(i, True) for i in range(20, 23)]
+    rows = records.keep([*retain, *forget], seed=1)
+    assert [r["id"] for r in rows] == [r["id"] for r in forget]
+    drawn = [r["keep"]["id"] for r in rows]
+    assert set(drawn[:3]) == set(drawn[3:6]) == {"20", "21", "22"}
+    assert rows == records.keep([*retain, *forget], seed=1)
+    e = encoder(tokenizer, 32, "forget")
+    out = e.arrays(e.fitting(rows, "training"))
+    assert out["tokens"].tokens.shape == (7, 2, 32) and out["valid"].all()
+    alone = encoder(tokenizer, 32, "forget", responses=1)
+    for i, record in enumerate(rows):
+        for row, one in enumerate((record, record["keep"])):
+            same = alone.arrays([one | {"label": False}])["tokens"]
+            for a, b in zip(out["tokens"], same):
+                np.testing.assert_array_equal(a[i, row], b[0, 0])
+    with pytest.raises(UserError, match="example 20 is to be retained"):
+        alone.arrays(retain)
+    with pytest.raises(UserError, match="example 0 is to be forgotten beside none that is kept"):
+        e.arrays(forget)
+    with pytest.raises(UserError, match="7 records to forget and 0 to retain"):
+        records.keep(forget)
 
 
 def test_rankings_of_different_lengths_are_filled_with_invalid_rows(tokenizer):
@@ -526,6 +576,7 @@ def test_impossible_encoders_are_refused(tokenizer):
         ({"t": 1}, r"data\.max_tokens=1"),
         ({"name": "ranked"}, "needs a number of responses, not None"),
         ({"name": "image"}, r"data\.schema=image has no tokens"),
+        ({"system": "<|im_end|>"}, r"the system text contains the special token <\|im_end\|>"),
     ):
         with pytest.raises(UserError, match=message):
             encoder(tokenizer, **changes)
@@ -614,9 +665,10 @@ def test_cached_log_probabilities_come_back_bit_for_bit(tmp_path):
     assert reference_cache.load(folder, "other", (5, 2)) is None
     with pytest.raises(UserError, match=r"holds float32 \(5, 2\), float32 \(4, 2\) is needed"):
         reference_cache.load(folder, "k", (4, 2))
-    path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(UserError, match="is damaged"):
-        reference_cache.load(folder, "k", (5, 2))
+    for damage in (path.read_bytes()[:60], path.read_bytes()[:-3], b"", b"PK\x03\x04"):
+        path.write_bytes(damage)
+        with pytest.raises(UserError, match="is damaged"):
+            reference_cache.load(folder, "k", (5, 2))
     assert [p.name for p in folder.iterdir()] == ["reference-k.npy"]
 
 

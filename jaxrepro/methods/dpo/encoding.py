@@ -18,13 +18,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrepro.config import UserError
+from jaxrepro.config import UserError, did_you_mean
 from jaxrepro.data import chat
 from jaxrepro.data.text import Tokenizer
 from jaxrepro.methods.dpo import schemas
 from jaxrepro.methods.dpo.records import Record, mismatch
 from jaxrepro.methods.dpo.schemas import Schema
 from jaxrepro.ops.logprob import Tokens
+
+# Arrays that optional fields give: their type, and the fields.
+EXTRA = {
+    "scores": (np.float32, "score"),
+    "probability": (np.float32, "probability"),
+    "age": (np.float32, "age"),
+    "unsafe": (bool, "unsafe_chosen and unsafe_rejected"),
+}
 
 
 class Row(NamedTuple):
@@ -44,7 +52,8 @@ class Encoder:
     schema: Schema = field(default_factory=lambda: schemas.get("pair"))
     system: str = chat.SYSTEM  # for prompts without a system turn; "" = none
     template: bool = True  # False: a prompt is plain text, for models without a chat template
-    responses: int | None = None  # k of a ranking; records with fewer are filled with invalid rows
+    responses: int | None = None  # k of a ranking; shorter ones are filled with invalid rows
+    extra: tuple[str, ...] = ()  # optional fields that every record has: keys of EXTRA
 
     def __post_init__(self):
         if self.schema.k == 0:
@@ -55,10 +64,16 @@ class Encoder:
             )
         if self.schema.k is None and (self.responses or 0) < 2:
             raise UserError(f"a ranking needs a number of responses, not {self.responses}; use 2 or more")  # fmt: skip
+        if found := [s for s in self._special if s in self.system]:
+            raise UserError(f"the system text contains the special token {found[0]}: remove it")
+        if odd := [name for name in self.extra if name not in EXTRA]:
+            raise UserError(f"no optional field {odd[0]!r}{did_you_mean(odd[0], list(EXTRA))}")
 
     @property
     def k(self) -> int:
-        """Rows of a record."""
+        """Rows of a record. A record to forget has 2, what is kept (`records.keep`) too, or `responses` = 1."""
+        if self.schema.name == "forget":
+            return 1 if self.responses == 1 else 2
         return self.schema.k or self.responses
 
     @cached_property
@@ -107,7 +122,27 @@ class Encoder:
         return [*self._encode(record, lead + text), *self._end]
 
     def rows(self, record: Mapping[str, Any]) -> list[Row]:
-        """A row for each response; UserError where the prompt leaves no room."""
+        """A row for each response, and for what is kept; UserError where a prompt leaves no room."""
+        return [row for one in self._parts(record) for row in self._rows(one)]
+
+    def _parts(self, record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """What has a prompt of its own in a record."""
+        if self.schema.name != "forget":
+            return [record]
+        if record["label"]:
+            raise UserError(
+                f"example {record['id']} is to be retained; pass what records.keep gives"
+            )
+        if self.k == 1:
+            return [record]
+        if "keep" not in record:
+            raise UserError(
+                f"example {record['id']} is to be forgotten beside none that is kept; pass what "
+                "records.keep gives, or set responses=1"
+            )
+        return [record, record["keep"]]
+
+    def _rows(self, record: Mapping[str, Any]) -> list[Row]:
         prompt = self.prompt(record)
         if len(prompt) >= self.max_tokens:
             raise UserError(
@@ -128,10 +163,11 @@ class Encoder:
         """
         kept, cut = [], 0
         for record in records:
-            prompt = self.prompt(record)
-            if len(record["responses"]) <= self.k and len(prompt) < self.max_tokens:
+            parts = [(self.prompt(part), part) for part in self._parts(record)]
+            room = all(len(prompt) < self.max_tokens for prompt, _ in parts)
+            if len(record["responses"]) <= self.k and room:
                 kept.append(record)
-                cut += sum(row.cut for row in self._after(prompt, record))
+                cut += sum(row.cut for part in parts for row in self._after(*part))
         if len(kept) < len(records):
             print(
                 f"{what}: left out {len(records) - len(kept)} of {len(records)} records, whose prompts "
@@ -154,28 +190,35 @@ class Encoder:
 
         "tokens": Tokens (b, k, t), response True on what is scored, the end of turn included;
         "valid" (b, k) bool, False where a ranking has no such response; and what the schema has:
-        "scores" (b, k) float32, "rewards" (b, k, m) float32, "labels" (b,) bool, "ties" (b,) bool.
-        UserError names a record that does not fit.
+        "scores" (b, k) float32, "rewards" (b, k, m) float32, "labels" (b,) bool, "ties" (b,) bool;
+        of `extra` "probability" and "age" (b,) float32, "unsafe" (b, k) bool, "scores". Of a record to
+        forget row 1 is what is kept. UserError names a record that does not fit.
         """
-        b, k = len(records), self.k
+        b, k, name = len(records), self.k, self.schema.name
         valid = np.zeros((b, k), bool)
         for i, record in enumerate(records):
-            n = len(record["responses"])
+            n = k if name == "forget" else len(record["responses"])
             if n > k:
                 raise UserError(f"example {record['id']} has {n} responses, the rows are for {k}")
             valid[i, :n] = True
         out = {"tokens": self._tokens(records, k), "valid": valid}
-        extra = self.schema.extra
-        if self.schema.name in ("scored", "ranked"):
+        if name in ("scored", "ranked") or "scores" in self.extra:
             out["scores"] = np.zeros((b, k), np.float32)
-            out["scores"][valid] = [score for r in records for score in r["scores"]]
-        if self.schema.name == "multi":
+            out["scores"][valid] = [x for r in records for x in self._given(r, "scores")]
+        if name == "multi":
             out["rewards"] = self._rewards(records)
-        if {"label", "retain"} & extra.keys():
+        if name == "unpaired":
             out["labels"] = np.array([r["label"] for r in records], bool)
-        if "tie" in extra:
+        if name == "tie":
             out["ties"] = np.array([r["tie"] for r in records], bool)
+        for more in sorted({*self.extra} - {"scores"}):
+            out[more] = np.array([self._given(r, more) for r in records], EXTRA[more][0])
         return out
+
+    def _given(self, record: Mapping[str, Any], name: str) -> Any:
+        if name not in record:
+            raise UserError(f"example {record['id']} has no {EXTRA[name][1]}, which the loss needs")
+        return record[name]
 
     def mismatched(self, records: Sequence[Record], *, micro_batches: int = 1) -> Tokens:
         """Tokens (b, 1, t) of `records.mismatch`: each prompt with another one's completion."""

@@ -9,6 +9,7 @@ error; a chosen response that equals the rejected one is kept, counted and said 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -101,6 +102,24 @@ def balance(
         f"{good} desirable and {bad} undesirable records weigh {ratio:.3g} to 1, about {low:g} to "
         f"{high:g} is balanced; set the weight of {name} ones to {ends[0]:.3g} .. {ends[1]:.3g}"
     )
+
+
+def keep(records: Sequence[Record], *, seed: int = 0) -> list[Record]:
+    """The records to be forgotten, each with one to be kept as "keep": drawn anew once all were drawn.
+
+    UserError where one of the two kinds is missing.
+    """
+    forget = [r for r in records if not r["label"]]
+    retain = [r for r in records if r["label"]]
+    if not forget or not retain:
+        raise UserError(
+            f"{len(forget)} records to forget and {len(retain)} to retain; unlearning that keeps the "
+            "rest needs both"
+        )
+    rng, order = random.Random(seed), []
+    while len(order) < len(forget):
+        order += rng.sample(retain, len(retain))
+    return [record | {"keep": kept} for record, kept in zip(forget, order)]
 
 
 def mismatch(records: Sequence[Record], *, micro_batches: int = 1) -> list[Record]:

@@ -67,7 +67,8 @@ def load(folder: str | os.PathLike, key: str, shape: tuple[int, ...]) -> np.ndar
     if not path.is_file():
         return None
     try:
-        lp = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            lp = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"{path} is damaged ({e}); delete it, it is computed again") from e
     if lp.shape != shape or lp.dtype != np.float32:

@@ -17,10 +17,12 @@ A prompt is text (one user turn) or messages {"role", "content"}; a response is 
 Responses may also be whole conversations: what they share is the prompt, whether the record names one (as
 ultrafeedback_binarized does) or not; so may transcripts "\\n\\nHuman: ... \\n\\nAssistant: ..." without a prompt.
 Other names that are read: initial_reason_steps (Math-Step-DPO-10K) is prefix, reference (TRL's triples) is gold.
-Fields that a schema does not have are ignored.
 
-A checked record is {"id", "prompt": messages, "responses": texts} and, where its schema has them, "scores" (k),
-"rewards" (k, m), "label", "tie", "prefix".
+Optional fields: pairs may have probability (that chosen beats rejected), age (time steps since it was labelled),
+unsafe_chosen and unsafe_rejected; an unpaired record may have a score. Fields that a schema does not have are ignored.
+
+A checked record is {"id", "prompt": messages, "responses": texts} and, where the record has them, "scores" (k),
+"rewards" (k, m), "label", "tie", "prefix", "probability", "age", "unsafe" (k).
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ class Schema:
     title: str  # for messages: "a pair"
     responses: tuple[str, ...]  # fields with one response each; ranked: one field with several
     extra: Mapping[str, Callable[[Any, str], Any]] = field(default_factory=dict)
+    optional: Mapping[str, Callable[[Any, str], Any]] = field(default_factory=dict)
     finish: Callable[[dict[str, Any], int, str], dict[str, Any]] = lambda found, k, where: found
     end_of_turn: bool = True  # whether an end of turn follows a response
 
@@ -84,6 +87,8 @@ class Schema:
             prompt, texts = self._separate(named.get("prompt"), given, where)
         found = {need: read(named.get(need), at(need)) for need, read in self.extra.items()}
         found = self.finish(found, len(texts), where)
+        given = {o: r for o, r in self.optional.items() if named.get(o) is not None}
+        found |= _gathered({o: read(named[o], at(o)) for o, read in given.items()}, where)
         return {"id": name, "prompt": prompt, "responses": texts, **found}
 
     def _missing(self, where: str, need: str) -> UserError:
@@ -203,6 +208,20 @@ def _number(value: Any, at: str) -> float:
     return float(value)
 
 
+def _probability(value: Any, at: str) -> float:
+    if not 0.5 <= _number(value, at) <= 1:
+        raise UserError(
+            f"{at} is {value!r:.40}; chosen beats rejected with 0.5 to 1, else swap them"
+        )
+    return float(value)
+
+
+def _age(value: Any, at: str) -> float:
+    if _number(value, at) < 0:
+        raise UserError(f"{at} is {value!r:.40}; it must be 0 (the latest) or more")
+    return float(value)
+
+
 def _numbers(value: Any, at: str) -> list[float]:
     if not isinstance(value, list | tuple) or not value:
         raise UserError(f"{at} is {value!r:.40}; it must be a list of numbers")
@@ -245,6 +264,18 @@ def _ranked(found: dict[str, Any], k: int, where: str) -> dict[str, Any]:
             "use one for each"
         )
     return {"scores": found["scores"]}
+
+
+def _gathered(found: dict[str, Any], where: str) -> dict[str, Any]:
+    """Optional values of single responses as one list."""
+    if "score" in found:
+        found["scores"] = [found.pop("score")]
+    unsafe = [found.pop(f"unsafe_{side}", None) for side in PAIR]
+    if unsafe != [None, None]:
+        if None in unsafe:
+            raise UserError(f"{where}: unsafe_chosen and unsafe_rejected come together; give both")
+        found["unsafe"] = unsafe
+    return found
 
 
 def _retain(found: dict[str, Any], k: int, where: str) -> dict[str, Any]:
@@ -297,24 +328,30 @@ def _array(value: Any, at: str) -> np.ndarray:
 
 
 PAIR = ("chosen", "rejected")
+OPTIONAL = {
+    "probability": _probability,
+    "age": _age,
+    "unsafe_chosen": _flag,
+    "unsafe_rejected": _flag,
+}
 SCHEMAS = {
     s.name: s
     for s in (
-        Schema("pair", "a pair", PAIR),
+        Schema("pair", "a pair", PAIR, optional=OPTIONAL),
         Schema(
             "scored", "a scored pair", PAIR,
-            {"score_chosen": _number, "score_rejected": _number}, _scored,
+            {"score_chosen": _number, "score_rejected": _number}, OPTIONAL, _scored,
         ),
-        Schema("tie", "a pair with ties", PAIR, {"tie": _flag}),
+        Schema("tie", "a pair with ties", PAIR, {"tie": _flag}, OPTIONAL),
         Schema(
             "multi", "a pair with several objectives", PAIR,
-            {"rewards_chosen": _numbers, "rewards_rejected": _numbers}, _multi,
+            {"rewards_chosen": _numbers, "rewards_rejected": _numbers}, OPTIONAL, _multi,
         ),
-        Schema("step", "a pair of steps", PAIR, {"prefix": _prefix}, end_of_turn=False),
+        Schema("step", "a pair of steps", PAIR, {"prefix": _prefix}, OPTIONAL, end_of_turn=False),
         Schema("triple", "a triple", ("gold", *PAIR)),
-        Schema("unpaired", "an unpaired record", ("completion",), {"label": _flag}),
-        Schema("forget", "a record to forget or retain", ("completion",), {"retain": _flag}, _retain),
-        Schema("ranked", "a ranking", ("completions",), {"scores": _numbers}, _ranked),
+        Schema("unpaired", "an unpaired record", ("completion",), {"label": _flag}, {"score": _number}),
+        Schema("forget", "a record to forget or retain", ("completion",), {"retain": _flag}, finish=_retain),
+        Schema("ranked", "a ranking", ("completions",), {"scores": _numbers}, finish=_ranked),
         Schema("image", "an image pair", ()),
     )
 }  # fmt: skip
