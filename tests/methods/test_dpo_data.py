@@ -16,6 +16,7 @@ from jaxrepro.data import batches, chat, questions
 from jaxrepro.data.text import ENDOFTEXT, Tokenizer, closed_vocabulary
 from jaxrepro.methods.dpo import records, reference_cache, schemas
 from jaxrepro.methods.dpo.encoding import Encoder, flatten, images
+from jaxrepro.ops.logprob import shift
 
 QUICK = settings(deadline=None, max_examples=40)
 USER, SAID = {"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}
@@ -495,6 +496,15 @@ def test_rankings_of_different_lengths_are_filled_with_invalid_rows(tokenizer):
     assert e.fitting([five, two], "training") == [two]
     with pytest.raises(UserError, match="example five has 5 responses, the rows are for 4"):
         e.arrays([five])
+
+
+def test_every_response_token_is_predicted_by_the_position_before(tokenizer):
+    e = encoder(tokenizer, 24, "ranked", responses=4)
+    rows = flatten(e.arrays([check("ranked", VALID["ranked"])] * 2)["tokens"])
+    targets, mask = shift(*(jnp.asarray(a) for a in rows[:3]))
+    np.testing.assert_array_equal(np.asarray(mask)[:, :-1], rows.response[:, 1:])
+    assert not mask[:, -1].any() and not rows.response[:, 0].any()
+    np.testing.assert_array_equal(np.asarray(targets)[np.asarray(mask)], rows.tokens[rows.response])
 
 
 def test_batches_are_read_at_random_and_know_their_records(tokenizer):
