@@ -647,6 +647,9 @@ def test_a_fingerprint_changes_with_all_that_the_reference_reads(tokenizer, rows
     ]
     assert len(set(keys)) == len(keys) and of() == keys[0]
     assert all(len(key) == 32 for key in keys)
+    plain = dataclasses.replace(e, template=False)  # the same tokens, another response
+    pair = lambda *texts: check("pair", dict(zip(("prompt", "chosen", "rejected"), texts)))
+    assert of(e=plain, rows=[pair("1 2", "3", "4")]) != of(e=plain, rows=[pair("1", "2 3", "2 4")])
     renamed = [{**r, "id": "x", "scores": [1.0, 2.0]} for r in rows]
     assert of(rows=renamed) == keys[0]
 
