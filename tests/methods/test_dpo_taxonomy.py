@@ -120,3 +120,9 @@ def test_the_command_prints_without_loading_jax():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("in all, each once: ")
+
+
+def test_the_listing_may_be_cut_short():
+    command = f"{sys.executable} -m jaxrepro.methods.dpo.taxonomy | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "Data quality (data strategy)\n" and not done.stderr

@@ -16,6 +16,7 @@ categories belong to the four branches of the abstract in this order is unverifi
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -137,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--losses", action="store_true", help="only methods with a loss in this package")
     a = p.parse_args(argv)
     try:
-        print(*lines(select(a.category, losses=a.losses)), sep="\n")
+        print(*lines(select(a.category, losses=a.losses)), sep="\n", flush=True)
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
