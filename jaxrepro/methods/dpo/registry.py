@@ -1,0 +1,299 @@
+"""Every loss by its key, and what is checked before a step runs.
+
+    spec = resolve("dpop", lam=25.0)
+    seq = statistics(tokens, spec)
+    per_item, state, curves = loss(spec, seq, batch, state)
+
+Keys are unique; papers share short names (GPO, TPO, D2PO, ...), so each key carries its arXiv id.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrepro.config import UserError, did_you_mean
+from jaxrepro.methods.dpo import (  # noqa: F401  each enters its losses
+    annotated,
+    batchwise,
+    diffusion,
+    divergences,
+    free,
+    generation,
+    listwise,
+    pairwise,
+    tokens,
+    unpaired,
+)
+from jaxrepro.methods.dpo.objective import check_inputs, coefficients, loss, total
+from jaxrepro.methods.dpo.sequence import Batch, SeqStats, Tokenwise, statistics
+from jaxrepro.methods.dpo.spec import EVIDENCE, MODIFIERS, REGISTRY, LossSpec
+
+__all__ = [
+    "EVIDENCE", "MIXES", "REGISTRY", "Batch", "LossSpec", "SeqStats", "Tokenwise", "check_batch",
+    "coefficients", "loss", "mix", "resolve", "statistics", "total",
+]  # fmt: skip
+
+# Published sums of losses: (arXiv id, ((key, weight), ...), hyper-parameters of all that have them)
+MIXES: Mapping[str, tuple[str, tuple[tuple[str, float], ...], dict[str, Any]]] = MappingProxyType(
+    {
+        "mpo_vlm": ("2411.10442", (("sigmoid", 0.8), ("bco_pair", 0.2), ("sft", 1.0)), {"beta": 0.1}),
+        "rpo_sft": ("2405.16436", (("sigmoid", 1.0), ("sft", 0.005)), {"beta": 0.01}),
+        "iterative_rpo": ("2404.19733", (("sigmoid", 1.0), ("sft", 1.0)), {"beta": 0.1}),
+    }
+)  # fmt: skip
+
+# name: (smallest, largest, whether the ends are allowed); all others need only be finite
+LIMITS = {
+    "beta": (0.0, math.inf, False),
+    "beta_w": (0.0, math.inf, False),
+    "beta_l": (0.0, math.inf, False),
+    "beta_r": (0.0, math.inf, False),
+    "beta_prime": (0.0, math.inf, False),
+    "tau": (0.0, math.inf, False),
+    "temperature": (0.0, math.inf, False),
+    "r_max": (0.0, math.inf, False),
+    "nu": (0.0, math.inf, False),
+    "eps": (0.0, math.inf, False),
+    "floor": (0.0, math.inf, False),
+    "c": (0.0, math.inf, False),
+    "lam": (0.0, math.inf, True),
+    "ld_alpha": (0.0, 1.0, True),
+    "divergence_alpha": (0.0, 1.0, True),
+    "label_smoothing": (0.0, 0.5, True),
+    "f": (0.0, 1.0, True),
+    "final": (0.0, 1.0, True),
+    "mix": (0.0, 1.0, True),
+    "lambda_d": (0.0, math.inf, True),
+    "lambda_u": (0.0, math.inf, True),
+    "rank_weight": (0.0, math.inf, True),
+    "nll_weight": (0.0, math.inf, True),
+    "sft_weight": (0.0, math.inf, True),
+    "retain_weight": (0.0, math.inf, True),
+    "forget_weight": (0.0, math.inf, True),
+    "length_power": (0.0, math.inf, True),
+}
+# where a loss is stricter
+OWN_LIMITS = {
+    ("exo_pair", "label_smoothing"): (0.0, 0.5, False),
+    ("dpo_rk", "nu"): (1.0, math.inf, False),
+    ("todo", "alpha"): (0.0, math.inf, False),
+    ("infonca", "alpha"): (0.0, math.inf, False),
+    ("nca_reward", "alpha"): (0.0, math.inf, False),
+    ("pmpo", "alpha"): (0.0, 1.0, True),
+    ("d2po_decay", "gamma"): (0.0, 1.0, True),
+    ("dmpo", "gamma"): (0.0, 1.0, True),
+    ("ns_dpo", "gamma"): (0.0, 1.0, True),
+    ("beta_dpo", "decay"): (0.0, 1.0, True),
+    ("alpha_dpo", "decay"): (0.0, 1.0, True),
+    ("beta_dpo", "rho"): (0.0, 1.0, True),
+}
+WHY_NOT = {
+    "use_weighting": "it weighs single pairs, and this loss has none",
+    "clamp_weight": "it weighs single pairs, and this loss has none",
+    "ld_alpha": "it compares the lengths of a pair whose tokens count alike",
+    "ld_reference": "it compares the lengths of a pair whose tokens count alike",
+    "divergence": "the loss is written in raw log-ratios, where the divergence's constant does not cancel",
+    "divergence_alpha": "the loss is written in raw log-ratios, where the divergence's constant does not cancel",
+}
+
+
+def resolve(name: str, **overrides: Any) -> LossSpec:
+    """The loss of that key with hyper-parameters replaced. UserError for an unknown key or a bad value.
+
+    Arrays are taken as they are, so that hyper-parameters can be swept with vmap.
+    """
+    if name not in REGISTRY:
+        raise UserError(f"loss is {name!r}{did_you_mean(name, sorted(REGISTRY))}")
+    spec = REGISTRY[name]
+    for key, value in overrides.items():
+        _check(spec, key, value)
+    hyper = {
+        k: overrides.get(k, v) if not isinstance(v, float) or k not in overrides else _number(overrides[k])
+        for k, v in spec.defaults.items()
+    }  # fmt: skip
+    if name == "robust" and not isinstance(hyper["label_smoothing"], jax.Array):
+        _within(spec, "label_smoothing", hyper["label_smoothing"], (0.0, 0.5, True))
+        if hyper["label_smoothing"] >= 0.5:
+            raise UserError(
+                f"label_smoothing of 'robust' is {hyper['label_smoothing']}; it divides by 1 - 2e: take a value in [0, 0.5)"
+            )
+    needs = spec.needs
+    if hyper.get("divergence", "reverse_kl") != "reverse_kl" and name != "sft":
+        needs |= {"reference"}
+    return dataclasses.replace(spec, hyper=MappingProxyType(hyper), needs=needs)
+
+
+def mix(names: Sequence[str], weights: Sequence[float] | None = None, **overrides: Any):
+    """[(spec, weight), ...] for `total`. An override goes to every loss that has it; one must.
+
+    A single name of MIXES stands for the published sum.
+    """
+    if len(names) == 1 and names[0] in MIXES:
+        _, parts, published = MIXES[names[0]]
+        names = [n for n, _ in parts]
+        weights = [w for _, w in parts] if weights is None else weights
+        overrides = published | overrides
+    weights = [1.0] * len(names) if weights is None else list(weights)
+    if not names or len(weights) != len(names):
+        raise UserError(f"{len(names)} losses with {len(weights)} weights; give one weight a loss")
+    for name in set(names) - set(REGISTRY):
+        resolve(name)  # raises
+    for key in overrides:
+        if not any(key in REGISTRY[n].defaults for n in names):
+            resolve(names[0], **{key: overrides[key]})
+    for key in ("use_weighting", "divergence"):  # meant for every loss, so none may lack it
+        value = overrides.get(key)
+        if value and value != "reverse_kl":
+            for name in names:
+                _check(REGISTRY[name], key, value)
+    return [
+        (resolve(n, **{k: v for k, v in overrides.items() if k in REGISTRY[n].defaults}), float(w))
+        for n, w in zip(names, weights, strict=True)
+    ]
+
+
+def _number(value):
+    return float(value) if isinstance(value, int) else value
+
+
+def _check(spec: LossSpec, key: str, value: Any) -> None:
+    if key not in spec.defaults:
+        if key in MODIFIERS:
+            raise UserError(f"{key} is not possible with loss {spec.name!r}: {WHY_NOT[key]}")
+        raise UserError(
+            f"loss {spec.name!r} has no hyper-parameter {key!r}{did_you_mean(key, sorted(spec.defaults))}"
+        )
+    default = spec.defaults[key]
+    if isinstance(value, jax.Array):
+        return
+    choices = divergences.DIVERGENCES if key == "divergence" else spec.choices.get(key)
+    if choices is not None:
+        if value not in choices:
+            raise UserError(
+                f"{key} of {spec.name!r} is {value!r}; choose one of {', '.join(choices)}"
+            )
+    elif isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UserError(f"{key} of {spec.name!r} is {value!r}; give True or False")
+    elif isinstance(default, tuple):
+        if not isinstance(value, Sequence) or len(value) < 1 or not all(_real(x) for x in value):
+            raise UserError(f"{key} of {spec.name!r} is {value!r}; give numbers, such as {default}")
+        if value[0] <= 0:
+            raise UserError(f"{key} of {spec.name!r} begins with {value[0]}; it must be above 0")
+    elif value is not None or default is not None:
+        if not _real(value):
+            raise UserError(f"{key} of {spec.name!r} is {value!r}; give a finite number")
+        _within(spec, key, value, OWN_LIMITS.get((spec.name, key), LIMITS.get(key)))
+
+
+def _real(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _within(spec: LossSpec, key: str, value: float, limits) -> None:
+    if limits is None:
+        return
+    low, high, ends = limits
+    if not (low <= value <= high if ends else low < value < high):
+        bounds = f"above {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        at = (
+            ""
+            if high == math.inf and not ends
+            else ", ends included"
+            if ends
+            else ", ends excluded"
+        )
+        raise UserError(f"{key} of {spec.name!r} is {value}; take a value {bounds}{at}")
+
+
+# ---- batches, on the host
+
+
+def check_batch(
+    spec: LossSpec, seq: SeqStats, batch: Batch | None = None, *, where: str = "batch"
+) -> None:
+    """UserError of one line for a batch whose numbers make the loss meaningless; on the host, before a step.
+
+    Finds missing inputs, empty responses, nan in the reference's log-probs, scores in the wrong order,
+    a batch of one where items are compared. Warns about pairs of two identical responses, whose
+    gradient is 0 in every loss of log-ratio differences.
+    """
+    batch = Batch() if batch is None else batch
+    check_inputs(spec, seq, batch)
+    n = np.asarray(seq.n)
+    valid = np.ones(n.shape, bool) if batch.valid is None else np.asarray(batch.valid)
+    _refuse(where, (n < 1) & valid, "has an empty response", "drop the row")
+    if seq.q is not None:
+        bad = ~np.isfinite(np.asarray(seq.q)) & valid
+        _refuse(
+            where,
+            bad,
+            "has a reference log-prob that is not finite",
+            "make the cache of reference log-probs again",
+        )
+    if batch.scores is not None and "scores" in spec.needs:
+        r = np.asarray(batch.scores)
+        _refuse(
+            where,
+            ~np.isfinite(r) & valid,
+            "has a score that is not finite",
+            "score it again, or drop the row",
+        )
+        if spec.name == "odpo" and spec.hyper["offset"] == "log":
+            worse = r[:, :1] <= r[:, 1:]
+            _refuse(
+                where,
+                worse,
+                "has a chosen score that is not above the rejected one",
+                "swap, or drop the row",
+            )
+        if spec.name == "odpo" and spec.hyper["offset"] == "ratio":
+            _refuse(where, r <= 0, "has a score that is not above 0", "take offset=identity")
+        if spec.name == "sppo_soft":
+            _refuse(
+                where,
+                (r < 0) | (r > 1),
+                "has a win probability outside [0, 1]",
+                "give probabilities",
+            )
+    if batch.probability is not None and "probability" in spec.needs:
+        p = np.asarray(batch.probability)[:, None]
+        _refuse(
+            where,
+            ~((p >= 0.5) & (p <= 1)),
+            "has P(chosen beats rejected) outside [0.5, 1]",
+            "swap the pair",
+        )
+    if not valid.any(-1).all():
+        _refuse(where, ~valid.any(-1, keepdims=True), "has no valid response", "drop the row")
+    if (
+        n.shape[1] == 2
+        and spec.schema not in ("forget", "image")
+        and (same := _identical(seq)).any()
+    ):
+        warnings.warn(
+            f"{where}: {same.sum()} of {len(same)} pairs hold two identical responses, which teach a paired loss nothing",
+            stacklevel=2,
+        )  # fmt: skip
+
+
+def _refuse(where: str, bad: np.ndarray, what: str, remedy: str) -> None:
+    if bad.any():
+        item, response = np.argwhere(bad)[0]
+        raise UserError(f"{where}: item {item}, response {response} {what}; {remedy}")
+
+
+def _identical(seq: SeqStats) -> np.ndarray:
+    if seq.tokens is not None:
+        t = seq.tokens
+        mask = np.asarray(t.mask)
+        rows = [mask, np.where(mask, np.asarray(t.lp), 0)]
+    else:
+        rows = [np.asarray(x)[..., None] for x in (seq.p, seq.n)]
+    return np.all([np.all(x[:, 0] == x[:, 1], axis=-1) for x in rows], axis=0)
