@@ -1,7 +1,7 @@
 """Losses whose items depend on each other, or on earlier batches: sorts, means, moving averages.
 
 All of them are plain jnp on the global batch: under jit, sharded arrays give the same numbers as one
-device. Cutting a batch into micro-batches makes another loss; take `objective.coefficients` for that.
+device. Cutting a batch into micro-batches makes another loss; `objective.linearise` gives the right one.
 
 The moving averages of beta-DPO and alpha-DPO are updated before use, start at 0 and are not corrected for
 that start, as in the official code: the first standard deviation is a tenth of the batch's, and where the
@@ -44,8 +44,8 @@ def aot_unpaired(s, batch, *, beta=0.01, label_smoothing=0.0):
 def dr_dpo(s, batch, *, beta=0.1, beta_prime=1.0):
     """Dr. DPO: -b' log mean_i exp(-S(beta D_i)/b'), the same value for each item."""
     losses = logistic(beta * s.d)
-    n = losses.shape[0]
-    value = -beta_prime * (jax.nn.logsumexp(-losses / beta_prime) - jnp.log(float(n)))
+    least = sg(losses.min())  # taken out: keeps the digits where beta_prime is large
+    value = least - beta_prime * jnp.log1p(jnp.expm1(-(losses - least) / beta_prime).mean())
     return jnp.broadcast_to(value, losses.shape)
 
 

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrepro.config import UserError
-from jaxrepro.methods.dpo.links import MAX_EXPONENT, exp
+from jaxrepro.methods.dpo.links import exp
 
+MAX_EXPONENT = 40.0  # half of what float32 holds, since `ipo` squares scores
 DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 
 
 def score(a: Float[Array, "*b"], kind: str, alpha=0.5) -> Float[Array, "*b"]:
-    """f'(e^a) of divergence `kind`. Exponents are cut at 80."""
+    """f'(e^a) of divergence `kind`. Exponents are cut at 40."""
     if kind == "alpha" and isinstance(alpha, float) and abs(alpha) < 1e-6:
         kind = "reverse_kl"
     match kind:

@@ -9,7 +9,7 @@ free, tokens, batchwise, unpaired, listwise, generation and diffusion; `registry
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def loss(
 
 
 def total(
-    mix: Sequence[tuple[LossSpec, float]],
+    mix: Sequence[tuple[LossSpec, float | int]],
     seq: SeqStats | Sequence[SeqStats],
     batch: Batch | None = None,
     states: Sequence[Any] | None = None,
@@ -87,28 +87,65 @@ def total(
     return per_item, tuple(new), metrics
 
 
-def coefficients(
-    mix: Sequence[tuple[LossSpec, float]],
-    seq: SeqStats,
+class Slopes(NamedTuple):
+    """A loss of the whole batch as a linear function of each item's statistics, around where they are."""
+
+    per_item: Float[Array, "b"]  # the loss there
+    p: Float[Array, "b k"]  # d(sum of the loss)/dp, and the same of the others
+    raw_p: Float[Array, "b k"] | None
+    lp: Float[Array, "b k t"] | None
+    kl: Float[Array, "b k t"] | None
+
+
+def linearise(
+    mix: Sequence[tuple[LossSpec, float | int]],
+    seq: SeqStats | Sequence[SeqStats],
     batch: Batch | None = None,
     states: Sequence[Any] | None = None,
-) -> Float[Array, "b k"]:
-    """d(mean loss)/dp of each response: what micro-batches need of a loss that looks at the whole batch.
+) -> tuple[Slopes | tuple[Slopes, ...], tuple[Any, ...], Curves]:
+    """`total` of the whole batch, in a form that micro-batches can be trained with: see `from_slopes`.
 
-    With c from the statistics of the whole batch, sum(c p) over micro-batches has the gradient of the
-    loss, exactly, whatever the loss does with the batch. For losses that read tokens only through
-    their sums; others (nash_md, KL terms) have no such form and raise UserError.
+    A loss with `set_level` of a micro-batch is another loss. Its slopes from one pass without gradient
+    over the whole batch, then `from_slopes` of each micro-batch, give the exact gradient of the whole.
+    One `Slopes` for each statistics given. UserError for losses that train a head besides the policy.
     """
-    bad = [s.name for s, _ in mix if s.needs & {"tokens", "kl", "value", "reward_head"}]
-    if bad:
-        raise UserError(f"loss {bad[0]!r} is no function of log-prob sums; use one micro-batch")
-    if seq.raw_p is not None:
-        raise UserError("weighted tokens have no coefficient of a plain sum; use one micro-batch")
+    if heads := [s.name for s, _ in mix if s.needs & {"value", "reward_head"}]:
+        raise UserError(f"loss {heads[0]!r} trains a head besides the policy; use micro_batches=1")
+    many = (seq,) if isinstance(seq, SeqStats) else tuple(seq)
 
-    def mean(p):
-        return total(mix, seq._replace(p=p), batch, states)[0].mean()
+    def moved(x):
+        one = [_with(s, v) for s, v in zip(many, x, strict=True)]
+        per_item, *rest = total(mix, one[0] if isinstance(seq, SeqStats) else one, batch, states)
+        return per_item.sum(), (per_item, *rest)
 
-    return sg(jax.grad(mean)(seq.p))
+    slopes, (per_item, new, metrics) = jax.grad(moved, has_aux=True)([_moving(s) for s in many])
+    first = [per_item] + [jnp.zeros_like(per_item)] * (len(many) - 1)
+    out = tuple(sg(Slopes(v, **g)) for v, g in zip(first, slopes, strict=True))
+    return out[0] if isinstance(seq, SeqStats) else out, new, metrics
+
+
+def from_slopes(slopes: Slopes, seq: SeqStats) -> Float[Array, "b"]:
+    """Loss of each item with the gradient that it has within the whole batch. Rows may be any subset."""
+    x = _moving(seq)
+    out = slopes.per_item
+    for name, value in x.items():
+        if value is not None:
+            change = value - sg(value)  # 0, with a gradient
+            out = out + (getattr(slopes, name) * change).sum(tuple(range(1, change.ndim)))
+    return out
+
+
+def _moving(seq: SeqStats) -> dict[str, Array | None]:
+    """What of the statistics a gradient can flow through."""
+    t = seq.tokens
+    lp = None if t is None else jnp.where(t.mask, t.lp, 0.0)
+    kl = None if t is None or t.kl is None else jnp.where(t.mask, t.kl, 0.0)
+    return {"p": seq.p, "raw_p": seq.raw_p, "lp": lp, "kl": kl}
+
+
+def _with(seq: SeqStats, x: dict[str, Array | None]) -> SeqStats:
+    tokens = None if seq.tokens is None else seq.tokens._replace(lp=x["lp"], kl=x["kl"])
+    return seq._replace(p=x["p"], raw_p=x["raw_p"], tokens=tokens)
 
 
 # ---- inputs

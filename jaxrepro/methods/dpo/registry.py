@@ -30,13 +30,13 @@ from jaxrepro.methods.dpo import (  # noqa: F401  each enters its losses
     tokens,
     unpaired,
 )
-from jaxrepro.methods.dpo.objective import check_inputs, coefficients, loss, total
+from jaxrepro.methods.dpo.objective import check_inputs, loss, total
 from jaxrepro.methods.dpo.sequence import Batch, SeqStats, Tokenwise, statistics
 from jaxrepro.methods.dpo.spec import EVIDENCE, MODIFIERS, REGISTRY, LossSpec
 
 __all__ = [
     "EVIDENCE", "MIXES", "REGISTRY", "Batch", "LossSpec", "SeqStats", "Tokenwise", "check_batch",
-    "coefficients", "loss", "mix", "resolve", "statistics", "total",
+    "loss", "mix", "resolve", "statistics", "total",
 ]  # fmt: skip
 
 # Published sums of losses: (arXiv id, ((key, weight), ...), hyper-parameters of all that have them)
@@ -113,23 +113,14 @@ def resolve(name: str, **overrides: Any) -> LossSpec:
     spec = REGISTRY[name]
     for key, value in overrides.items():
         _check(spec, key, value)
-    hyper = {
-        k: overrides.get(k, v) if not isinstance(v, float) or k not in overrides else _number(overrides[k])
-        for k, v in spec.defaults.items()
-    }  # fmt: skip
-    if name == "robust" and not isinstance(hyper["label_smoothing"], jax.Array):
-        _within(spec, "label_smoothing", hyper["label_smoothing"], (0.0, 0.5, True))
-        if hyper["label_smoothing"] >= 0.5:
-            raise UserError(
-                f"label_smoothing of 'robust' is {hyper['label_smoothing']}; it divides by 1 - 2e: take a value in [0, 0.5)"
-            )
+    hyper = {k: _like(v, overrides.get(k, v)) for k, v in spec.defaults.items()}
     needs = spec.needs
     if hyper.get("divergence", "reverse_kl") != "reverse_kl" and name != "sft":
         needs |= {"reference"}
     return dataclasses.replace(spec, hyper=MappingProxyType(hyper), needs=needs)
 
 
-def mix(names: Sequence[str], weights: Sequence[float] | None = None, **overrides: Any):
+def mix(names: Sequence[str], weights: Sequence[float | int] | None = None, **overrides: Any):
     """[(spec, weight), ...] for `total`. An override goes to every loss that has it; one must.
 
     A single name of MIXES stands for the published sum.
@@ -158,8 +149,10 @@ def mix(names: Sequence[str], weights: Sequence[float] | None = None, **override
     ]
 
 
-def _number(value):
-    return float(value) if isinstance(value, int) else value
+def _like(default, value):
+    """A whole number where the default is a float becomes one."""
+    whole = isinstance(value, int) and isinstance(default, float)
+    return float(value) if whole else value
 
 
 def _check(spec: LossSpec, key: str, value: Any) -> None:
@@ -189,7 +182,7 @@ def _check(spec: LossSpec, key: str, value: Any) -> None:
     elif value is not None or default is not None:
         if not _real(value):
             raise UserError(f"{key} of {spec.name!r} is {value!r}; give a finite number")
-        _within(spec, key, value, OWN_LIMITS.get((spec.name, key), LIMITS.get(key)))
+        _within(spec, key, float(value), OWN_LIMITS.get((spec.name, key), LIMITS.get(key)))
 
 
 def _real(x: Any) -> bool:
@@ -200,6 +193,8 @@ def _within(spec: LossSpec, key: str, value: float, limits) -> None:
     if limits is None:
         return
     low, high, ends = limits
+    if (spec.name, key, value) == ("robust", "label_smoothing", 0.5):
+        raise UserError("label_smoothing of 'robust' is 0.5; it divides by 1 - 2e: stay below 0.5")
     if not (low <= value <= high if ends else low < value < high):
         bounds = f"above {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
         at = (
