@@ -32,7 +32,14 @@ from jaxrepro.methods.dpo import (  # noqa: F401  each enters its losses
 )
 from jaxrepro.methods.dpo.objective import check_inputs, loss, total
 from jaxrepro.methods.dpo.sequence import Batch, SeqStats, Tokenwise, statistics
-from jaxrepro.methods.dpo.spec import EVIDENCE, MODIFIERS, REGISTRY, LossSpec
+from jaxrepro.methods.dpo.spec import (
+    DIVERGENCE,
+    EVIDENCE,
+    LENGTH,
+    REGISTRY,
+    WEIGHTING,
+    LossSpec,
+)
 
 __all__ = [
     "EVIDENCE", "MIXES", "REGISTRY", "Batch", "LossSpec", "SeqStats", "Tokenwise", "check_batch",
@@ -48,58 +55,38 @@ MIXES: Mapping[str, tuple[str, tuple[tuple[str, float], ...], dict[str, Any]]] =
     }
 )  # fmt: skip
 
-# name: (smallest, largest, whether the ends are allowed); all others need only be finite
+# Where hyper-parameters must lie, as intervals; all others need only be finite.
 LIMITS = {
-    "beta": (0.0, math.inf, False),
-    "beta_w": (0.0, math.inf, False),
-    "beta_l": (0.0, math.inf, False),
-    "beta_r": (0.0, math.inf, False),
-    "beta_prime": (0.0, math.inf, False),
-    "tau": (0.0, math.inf, False),
-    "temperature": (0.0, math.inf, False),
-    "r_max": (0.0, math.inf, False),
-    "nu": (0.0, math.inf, False),
-    "eps": (0.0, math.inf, False),
-    "floor": (0.0, math.inf, False),
-    "c": (0.0, math.inf, False),
-    "lam": (0.0, math.inf, True),
-    "ld_alpha": (0.0, 1.0, True),
-    "divergence_alpha": (0.0, 1.0, True),
-    "label_smoothing": (0.0, 0.5, True),
-    "f": (0.0, 1.0, True),
-    "final": (0.0, 1.0, True),
-    "mix": (0.0, 1.0, True),
-    "lambda_d": (0.0, math.inf, True),
-    "lambda_u": (0.0, math.inf, True),
-    "rank_weight": (0.0, math.inf, True),
-    "nll_weight": (0.0, math.inf, True),
-    "sft_weight": (0.0, math.inf, True),
-    "retain_weight": (0.0, math.inf, True),
-    "forget_weight": (0.0, math.inf, True),
-    "length_power": (0.0, math.inf, True),
+    **dict.fromkeys(("beta", "beta_w", "beta_l", "beta_r", "beta_prime"), "(0, inf)"),
+    **dict.fromkeys(("tau", "temperature", "r_max", "nu", "c", "eps", "floor"), "(0, inf)"),
+    **dict.fromkeys(("lam", "lambda_d", "lambda_u", "length_power"), "[0, inf)"),
+    **dict.fromkeys(("rank_weight", "nll_weight", "sft_weight"), "[0, inf)"),
+    **dict.fromkeys(("retain_weight", "forget_weight"), "[0, inf)"),
+    **dict.fromkeys(("ld_alpha", "divergence_alpha", "f", "final", "mix"), "[0, 1]"),
+    "label_smoothing": "[0, 0.5]",
 }
-# where a loss is stricter
-OWN_LIMITS = {
-    ("exo_pair", "label_smoothing"): (0.0, 0.5, False),
-    ("dpo_rk", "nu"): (1.0, math.inf, False),
-    ("todo", "alpha"): (0.0, math.inf, False),
-    ("infonca", "alpha"): (0.0, math.inf, False),
-    ("nca_reward", "alpha"): (0.0, math.inf, False),
-    ("pmpo", "alpha"): (0.0, 1.0, True),
-    ("d2po_decay", "gamma"): (0.0, 1.0, True),
-    ("dmpo", "gamma"): (0.0, 1.0, True),
-    ("ns_dpo", "gamma"): (0.0, 1.0, True),
-    ("beta_dpo", "decay"): (0.0, 1.0, True),
-    ("alpha_dpo", "decay"): (0.0, 1.0, True),
-    ("beta_dpo", "rho"): (0.0, 1.0, True),
+OWN_LIMITS = {  # of one loss
+    ("exo_pair", "label_smoothing"): "(0, 0.5]",
+    ("robust", "label_smoothing"): "[0, 0.5)",
+    ("dpo_rk", "nu"): "(1, inf)",
+    ("todo", "alpha"): "(0, inf)",
+    ("infonca", "alpha"): "(0, inf)",
+    ("nca_reward", "alpha"): "(0, inf)",
+    ("pmpo", "alpha"): "[0, 1]",
+    ("d2po_decay", "gamma"): "(0, 1]",
+    ("dmpo", "gamma"): "(0, 1]",
+    ("ns_dpo", "gamma"): "(0, 1]",
+    ("alpha_dpo", "decay"): "[0, 1)",
+    ("beta_dpo", "decay"): "[0, 1)",
+    ("beta_dpo", "rho"): "[0, 1)",
 }
+_UNPAIRED = "it weighs single pairs, and this loss has none"
+_UNEQUAL = "it compares the lengths of a pair whose tokens count alike"
+_RAW = "the loss is written in raw log-ratios, where the divergence's constant does not cancel"
 WHY_NOT = {
-    "use_weighting": "it weighs single pairs, and this loss has none",
-    "clamp_weight": "it weighs single pairs, and this loss has none",
-    "ld_alpha": "it compares the lengths of a pair whose tokens count alike",
-    "ld_reference": "it compares the lengths of a pair whose tokens count alike",
-    "divergence": "the loss is written in raw log-ratios, where the divergence's constant does not cancel",
-    "divergence_alpha": "the loss is written in raw log-ratios, where the divergence's constant does not cancel",
+    **dict.fromkeys(WEIGHTING, _UNPAIRED),
+    **dict.fromkeys(LENGTH, _UNEQUAL),
+    **dict.fromkeys(DIVERGENCE, _RAW),
 }
 
 
@@ -157,7 +144,7 @@ def _like(default, value):
 
 def _check(spec: LossSpec, key: str, value: Any) -> None:
     if key not in spec.defaults:
-        if key in MODIFIERS:
+        if key in WHY_NOT:
             raise UserError(f"{key} is not possible with loss {spec.name!r}: {WHY_NOT[key]}")
         raise UserError(
             f"loss {spec.name!r} has no hyper-parameter {key!r}{did_you_mean(key, sorted(spec.defaults))}"
@@ -182,29 +169,20 @@ def _check(spec: LossSpec, key: str, value: Any) -> None:
     elif value is not None or default is not None:
         if not _real(value):
             raise UserError(f"{key} of {spec.name!r} is {value!r}; give a finite number")
-        _within(spec, key, float(value), OWN_LIMITS.get((spec.name, key), LIMITS.get(key)))
+        _within(spec, key, float(value))
 
 
 def _real(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def _within(spec: LossSpec, key: str, value: float, limits) -> None:
-    if limits is None:
-        return
-    low, high, ends = limits
-    if (spec.name, key, value) == ("robust", "label_smoothing", 0.5):
-        raise UserError("label_smoothing of 'robust' is 0.5; it divides by 1 - 2e: stay below 0.5")
-    if not (low <= value <= high if ends else low < value < high):
-        bounds = f"above {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        at = (
-            ""
-            if high == math.inf and not ends
-            else ", ends included"
-            if ends
-            else ", ends excluded"
-        )
-        raise UserError(f"{key} of {spec.name!r} is {value}; take a value {bounds}{at}")
+def _within(spec: LossSpec, key: str, value: float) -> None:
+    interval = OWN_LIMITS.get((spec.name, key)) or LIMITS.get(key, "(-inf, inf)")
+    low, high = (float(x) for x in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise UserError(f"{key} of {spec.name!r} is {value:g}; take a value in {interval}")
 
 
 # ---- batches, on the host

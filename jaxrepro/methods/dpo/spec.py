@@ -37,10 +37,10 @@ SCHEMAS = {
     "unpaired": 1,  # one response with a label or a score
     "forget": None,  # what to unlearn, and optionally what to keep
 }
+# options that many losses share
 WEIGHTING = {"use_weighting": False, "clamp_weight": False}
 LENGTH = {"ld_alpha": None, "ld_reference": True}
 DIVERGENCE = {"divergence": "reverse_kl", "divergence_alpha": 0.5}
-MODIFIERS = WEIGHTING | LENGTH | DIVERGENCE  # options that many losses share
 
 
 class Result(NamedTuple):
