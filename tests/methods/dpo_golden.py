@@ -42,7 +42,7 @@ def items(name, seq=GOLDEN, batch=None, state=None, **hyper):
 
 def example(spec, *, b=4, t=5, seed=0):
     """Tokens and a batch with everything that any loss of this schema may ask for."""
-    k = SCHEMAS[spec.schema] or 4
+    k = SCHEMAS[spec.schema] or {"ranked": 4, "forget": 2}[spec.schema]
     rng = np.random.default_rng(seed)
     f = lambda *shape: jnp.asarray(rng.uniform(0.1, 1.0, shape), jnp.float32)
     length = rng.integers(1, t + 1, (b, k))
@@ -60,3 +60,12 @@ def example(spec, *, b=4, t=5, seed=0):
         reward_head=f(b, k), vocab=jnp.asarray(7), progress=jnp.asarray(0.5), key=jax.random.key(seed),
     )  # fmt: skip
     return tokens, batch
+
+
+def close(x, want, **kw):
+    np.testing.assert_allclose(x, want, **({"rtol": 1e-5, "atol": 2e-6} | kw))
+
+
+def slope(name, seq=GOLDEN, batch=None, **hyper):
+    """Gradient of the summed loss by p."""
+    return jax.grad(lambda p: items(name, seq._replace(p=p), batch, **hyper).sum())(seq.p)

@@ -160,7 +160,7 @@ def test_overrides_of_a_mix_reach_the_losses_that_have_them():
 
 
 def test_losses_that_weigh_tokens_differently_need_their_own_statistics():
-    tokens, batch = example(resolve("sigmoid"))
+    tokens, _ = example(resolve("sigmoid"))
     specs = mix(["sigmoid", "d2po_decay"])
     seqs = [statistics(tokens, s) for s, _ in specs]
     with pytest.raises(UserError, match="its own statistics"):
@@ -172,10 +172,14 @@ def test_losses_that_weigh_tokens_differently_need_their_own_statistics():
         total(specs, seqs[:1])
     with pytest.raises(UserError, match="no loss"):
         total([], seqs)
-    spec = resolve("dro")
-    tokens, batch = example(spec)
-    with pytest.raises(UserError, match="micro_batches"):
-        linearise([(spec, 1.0)], statistics(tokens, spec), batch)
+
+
+def test_gradients_that_do_not_flow_through_statistics_cannot_be_cut():
+    for spec in (resolve("dro"), resolve("orpo", prompt_nll=True)):
+        tokens, batch = example(spec)
+        with pytest.raises(UserError, match="micro_batches") as error:
+            linearise([(spec, 1.0)], statistics(tokens, spec), batch)
+        one_line(error)
 
 
 # ---- batches
@@ -201,6 +205,7 @@ def test_bad_batches_are_one_line():
     check("todo", match="ties")
     check("sigmoid", first(GOLDEN), match="wants 2 responses")
     check("tpo", match="wants 3 responses")
+    check("npo", log_ratios(np.zeros((2, 3))), match="at most one to keep")
     check("mdpo_multi", log_ratios(np.zeros((2, 3))), match="even number")
     check("modpo", batch=Batch(rewards=jnp.zeros((4, 2, 2))), match="one more weight")
     scores = jnp.array([[1.0, 0], [0.5, 0.5], [1, 0], [1, 0]])

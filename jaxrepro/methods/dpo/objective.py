@@ -107,10 +107,14 @@ def linearise(
 
     A loss with `set_level` of a micro-batch is another loss. Its slopes from one pass without gradient
     over the whole batch, then `from_slopes` of each micro-batch, give the exact gradient of the whole.
-    One `Slopes` for each statistics given. UserError for losses that train a head besides the policy.
+    Weights of tokens must be the same both times (SamPO: the same draw). One `Slopes` for each statistics
+    given. UserError for a loss with gradients through `Batch` (a head, the NLL of prompts).
     """
-    if heads := [s.name for s, _ in mix if s.needs & {"value", "reward_head"}]:
-        raise UserError(f"loss {heads[0]!r} trains a head besides the policy; use micro_batches=1")
+    for spec, _ in mix:
+        if spec.needs & {"value", "reward_head"} or spec.hyper.get("prompt_nll"):
+            raise UserError(
+                f"loss {spec.name!r} trains more than responses' log-probs; use micro_batches=1"
+            )
     many = (seq,) if isinstance(seq, SeqStats) else tuple(seq)
 
     def moved(x):
@@ -189,6 +193,10 @@ def check_inputs(spec: LossSpec, seq: SeqStats, batch: Batch) -> None:
         raise UserError(
             f"loss {spec.name!r} compares groups of responses and got {k}; give an even number of 2 or more"
         )
+    if spec.schema == "forget" and k > 2:
+        raise UserError(
+            f"loss {spec.name!r} wants one response to forget and at most one to keep, not {k}"
+        )
     if absent := missing(spec, seq, batch):
         raise UserError(
             f"loss {spec.name!r} needs {', '.join(absent)}, which the batch does not have; add it, or choose another loss"
@@ -210,7 +218,7 @@ def check_inputs(spec: LossSpec, seq: SeqStats, batch: Batch) -> None:
 def curves(spec: LossSpec, seq: SeqStats, batch: Batch) -> Curves:
     """Rewards, accuracy and margin of the responses as (sum, weight), whatever the loss made of them.
 
-    rewards/* = beta a, of plain log-ratios also with a divergence or with weighted tokens, so they are
+    rewards/* = beta a (beta 1 where a loss has none), of plain log-ratios also with a divergence or with weighted tokens, so they are
     comparable between losses. A loss without reference has mean_lp/*, mean log-probs, in their place
     (and rewards/* too where a reference was given). Ranked: chosen is the best score, rejected the worst.
     """

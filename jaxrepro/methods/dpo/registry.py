@@ -46,7 +46,7 @@ __all__ = [
     "loss", "mix", "resolve", "statistics", "total",
 ]  # fmt: skip
 
-# Published sums of losses: (arXiv id, ((key, weight), ...), hyper-parameters of all that have them)
+# Published sums of losses: arXiv id, ((key, weight), ...), and one beta for all, as TRL has it
 MIXES: Mapping[str, tuple[str, tuple[tuple[str, float], ...], dict[str, Any]]] = MappingProxyType(
     {
         "mpo_vlm": ("2411.10442", (("sigmoid", 0.8), ("bco_pair", 0.2), ("sft", 1.0)), {"beta": 0.1}),

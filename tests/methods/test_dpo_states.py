@@ -1,0 +1,122 @@
+"""Losses with a state, and losses of a batch that is cut into micro-batches."""
+
+import sys
+from operator import itemgetter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrepro.methods.dpo import batchwise
+from jaxrepro.methods.dpo.objective import from_slopes, linearise
+from jaxrepro.methods.dpo.registry import Batch, SeqStats, loss, mix, resolve, statistics, total
+
+sys.path.insert(0, str(Path(__file__).parent))
+from dpo_golden import GOLDEN, close, example, items, log_ratios, mean, slope
+
+PRNG = jax.random.key(0)
+
+
+# ---- states
+
+
+def test_running_mean_is_the_mean_of_everything():
+    rng = np.random.default_rng(0)
+    state, seen = None, []
+    batch = Batch(labels=jnp.arange(4) < 2)
+    for _ in range(4):
+        a = rng.normal(size=(4, 1)) * 3
+        seen.append(0.1 * a)
+        per_item, state, curves = loss(resolve("bco"), log_ratios(a), batch, state)
+        close(state.mean, np.mean(seen), atol=1e-6)
+        close(curves["delta"][0], np.mean(seen), atol=1e-6)
+    z = 0.1 * a[:, 0] - np.mean(seen)
+    close(per_item, np.where(np.arange(4) < 2, np.logaddexp(0, -z), np.logaddexp(0, z)))
+
+
+def test_moving_averages_start_at_zero_and_can_be_corrected():
+    x = jnp.array([1.0, 2.0, 4.0])
+    state = batchwise.Ema.start().update(x, decay=0.9)
+    close(state.mean, 0.1 * x.mean())
+    close(state.std, 0.1 * x.std(ddof=1))
+    close(state.read(decay=0.9, bias_correction=True), [x.mean(), x.std(ddof=1)])
+
+
+@pytest.mark.parametrize("name", ["beta_dpo", "alpha_dpo"])
+def test_first_step_at_the_reference_is_defined(name):
+    seq = GOLDEN._replace(p=GOLDEN.q)
+    value, state, _ = loss(resolve(name), seq, Batch(key=PRNG))
+    assert np.isfinite(value).all() and all(np.isfinite(x) for x in state)
+
+
+def test_selection_keeps_the_share_and_prefers_the_middle():
+    counts = np.zeros(10)
+    log_weight = -0.5 * (jnp.arange(10) - 4.5) ** 2
+    for i in range(40):
+        keep = batchwise.select(jax.random.key(i), log_weight, 4)
+        assert int(keep.sum()) == 4
+        counts += np.asarray(keep)
+    assert counts[4:6].min() > counts[[0, 9]].max()
+    far = sum(
+        np.asarray(
+            batchwise.select(jax.random.key(i), jnp.full(10, -1e6) - 1e5 * jnp.arange(10), 4)
+        )
+        for i in range(40)
+    )
+    assert far.min() > 5  # underflow everywhere: uniform
+
+
+def test_dropped_pairs_have_no_gradient_and_the_mean_is_over_kept_ones():
+    batch = Batch(key=PRNG)
+    seq = log_ratios(np.random.default_rng(1).normal(size=(4, 2)))
+    g = slope("beta_dpo", seq, batch, rho=0.5)
+    kept = np.asarray(g)[:, 0] != 0
+    assert kept.sum() == 2
+    value = items("beta_dpo", seq, batch, rho=0.5)
+    beta = float(loss(resolve("beta_dpo", rho=0.5), seq, batch)[2]["beta"][0])
+    close(value.mean(), np.logaddexp(0, -beta * np.asarray(seq.d))[kept].mean())
+
+
+# ---- micro-batches
+
+
+def test_token_mean_of_a_cut_batch_is_that_of_the_whole():
+    whole = mean("sft")
+    n = GOLDEN.n[:, 0].mean()
+    halves = [SeqStats(*(x[i::2] for x in GOLDEN[:3])) for i in range(2)]
+    parts = [items("sft", half, Batch(mean_chosen_tokens=n)) for half in halves]
+    close(np.concatenate(parts).mean(), whole)
+    close(whole, -GOLDEN.p[:, 0].sum() / GOLDEN.n[:, 0].sum())
+
+
+@pytest.mark.parametrize(
+    "names", [["aot"], ["beta_dpo"], ["kto"], ["tdpo1", "sft"], ["nash_md"]], ids="+".join
+)
+def test_slopes_of_the_whole_batch_give_micro_batches_its_gradient(names):
+    mixed = mix(names)
+    tokens, batch = example(mixed[0][0])
+
+    def stats(lp, kl, tokens=tokens):
+        return statistics(tokens._replace(lp=lp, kl=kl), mixed[0][0])
+
+    def whole(lp, kl):
+        return total(mixed, stats(lp, kl), batch)[0].sum()
+
+    slopes, states, _ = linearise(mixed, stats(tokens.lp, tokens.kl), batch)
+    want = jax.value_and_grad(whole, argnums=(0, 1))(tokens.lp, tokens.kl)
+    got = [0.0, jnp.zeros_like(tokens.lp), jnp.zeros_like(tokens.lp)]
+    for i in range(2):
+        rows = jax.tree.map(itemgetter(slice(i, None, 2)), (tokens, slopes))
+
+        def part(lp, kl, rows=rows):
+            return from_slopes(rows[1], stats(lp, kl, rows[0])).sum()
+
+        v, (g, g_kl) = jax.value_and_grad(part, argnums=(0, 1))(rows[0].lp, rows[0].kl)
+        got = [got[0] + v, got[1].at[i::2].set(g), got[2].at[i::2].set(g_kl)]
+    close(got[0], want[0])
+    close(got[1], want[1][0])
+    close(got[2], want[1][1])
+    after = total(mixed, stats(tokens.lp, tokens.kl), batch)[1]
+    jax.tree.map(close, states, after)
