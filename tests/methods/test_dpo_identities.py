@@ -69,6 +69,23 @@ def test_tdpo_without_divergence_is_dpo():
         close(items(name, seq), items("sigmoid"))
 
 
+def test_tdpo2_holds_the_chosen_divergence_fixed():
+    def value(kl, name):
+        seq = GOLDEN._replace(tokens=ZERO_KL._replace(kl=kl))
+        return items(name, seq).sum()
+
+    one, two = (jax.grad(value)(ZERO_KL.kl, name)[..., 0] for name in ("tdpo1", "tdpo2"))
+    close(two[:, 0], 0.0)
+    close(two[:, 1], 0.5 * one[:, 1])
+    assert (np.abs(one) > 0).all()
+
+
+def test_the_reference_has_no_gradient():
+    for name in ("sigmoid", "ipo", "aot", "cal_dpo"):
+        g = jax.grad(lambda q, name=name: items(name, GOLDEN._replace(q=q)).sum())(GOLDEN.q)
+        assert not np.asarray(g).any()
+
+
 def test_alpha_divergence_of_one_is_forward_kl():
     a = jnp.linspace(-5, 5, 11)
     close(divergences.score(a, "alpha", 1.0), divergences.score(a, "forward_kl"))

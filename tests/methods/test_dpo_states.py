@@ -120,3 +120,27 @@ def test_slopes_of_the_whole_batch_give_micro_batches_its_gradient(names):
     close(got[2], want[1][1])
     after = total(mixed, stats(tokens.lp, tokens.kl), batch)[1]
     jax.tree.map(close, states, after)
+
+
+def test_beta_of_a_batch_is_measured_from_the_moving_mean():
+    seen = (
+        jnp.array([2.0, -1.5, 1.0, -2.5]) + 4.0
+    )  # kept margins of mean 3.75, moving mean before 1
+    state = batchwise.Ema(jnp.array(1.0), jnp.array(1.0), jnp.array(3.0))
+    seq = log_ratios(jnp.stack([seen, jnp.zeros(4)], 1))
+    per_item, after, curves = loss(resolve("beta_dpo", rho=0), seq, Batch(key=PRNG), state)
+    moving = 0.9 * 1.0 + 0.1 * 3.75
+    beta = 0.1 * (1 + 0.6 * (3.75 - moving))
+    close([after.mean, curves["beta"][0]], [moving, beta])
+    close(per_item, np.logaddexp(0, -beta * np.asarray(seen)))
+
+
+def test_targets_and_moving_averages_have_no_gradient():
+    state = batchwise.Ema(jnp.array(0.1), jnp.array(0.5), jnp.array(3.0))
+    m = np.asarray((GOLDEN.pb - GOLDEN.qb)[:, 0] - (GOLDEN.pb - GOLDEN.qb)[:, 1])
+    mean_, std = 0.09 + 0.1 * m.mean(), 0.45 + 0.1 * m.std(ddof=1)
+    z = 2.5 * np.asarray(GOLDEN.pb[:, 0] - GOLDEN.pb[:, 1] - 0.6 - 0.2 * (m - mean_) / std)
+    g = jax.grad(lambda p: items("alpha_dpo", GOLDEN._replace(p=p), None, state).sum())(GOLDEN.p)
+    want = -2.5 / (1 + np.exp(z))
+    close(g[:, 0] * GOLDEN.n[:, 0], want, rtol=1e-4)
+    close(g[:, 1] * GOLDEN.n[:, 1], -want, rtol=1e-4)
