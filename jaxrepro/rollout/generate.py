@@ -74,6 +74,17 @@ class Prompts(NamedTuple):
     next_position: Any  # (b,) int32, the position of the first new token
 
 
+class Blend(NamedTuple):
+    """A second policy of the same shape: logits are (1 - share) * the first's + share * these.
+
+    That is the geometric mixture of the two distributions, normalised.
+    """
+
+    params: Any
+    x: Any  # (b, t, d), its own embeddings of the prompts
+    share: Any
+
+
 class Samples(NamedTuple):
     """n completions per prompt; entries at and after `length` are pad and 0."""
 
@@ -87,7 +98,7 @@ class Samples(NamedTuple):
 class _Loop(NamedTuple):
     step: Any  # tokens drawn so far
     token: Any  # (rows,) the newest
-    cache: Any
+    cache: Any  # of each model
     done: Any  # (rows,) bool
     length: Any  # (rows,)
     record: Any  # (tokens, lp_sampler, lp_raw), each (max_new, rows): a step writes one row
@@ -103,12 +114,14 @@ def generate(
     sampling: Sampling,
     n: int,
     allowed: Bool[Array, "v"] | None = None,
+    blend: Blend | None = None,
 ) -> Samples:
     """Draw n completions of every prompt; pure, for callers to jit with cfg, sampling and n static.
 
     request_ids name the questions: the same id, key and prompt give the same samples in any batch.
     allowed: tokens that may be drawn at all (lp_raw stays that of the whole vocabulary). Greedy
-    decoding returns lp_sampler = 0, the log-probability of a certain choice.
+    decoding returns lp_sampler = 0, the log-probability of a certain choice. blend: draw from a mixture;
+    lp_raw is then the mixture's.
     """
     check_eos(sampling.eos, cfg)
     if sampling.top_k > cfg.vocab:
@@ -116,15 +129,16 @@ def generate(
     if sampling.repetition_penalty != 1:
         raise UserError("repetition_penalty needs the prompts' token ids: use the engine, or 1")
     b, rows = prompts.x.shape[0], prompts.x.shape[0] * n
-    params = for_decode(params, cfg)
+    models = [for_decode(params, cfg), *([for_decode(blend.params, cfg)] if blend else [])]
     ids = (request_ids[:, None] * n + jnp.arange(n)).reshape(rows)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
     eos = jnp.zeros(cfg.vocab, bool).at[jnp.asarray(sampling.eos, jnp.int32)].set(True)
     first = jnp.repeat(prompts.next_position, n)  # (rows,)
 
     def record(state, hidden):
-        """Draw token `step` of every row from hidden (rows, d) and note it."""
-        raw = transformer.logits(params, cfg, hidden)
+        """Draw token `step` of every row from the hidden (rows, d) of each model and note it."""
+        each = [transformer.logits(p, cfg, h) for p, h in zip(models, hidden)]
+        raw = (1 - blend.share) * each[0] + blend.share * each[1] if blend else each[0]
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
         z = raw if allowed is None else jnp.where(allowed, raw, -jnp.inf)
         if sampling.min_new:
@@ -141,15 +155,21 @@ def generate(
             record=tuple(put(r, a, state.step, 0) for r, a in zip(state.record, new)),
         )
 
-    hidden, kv = transformer.apply(
-        params, cfg, prompts.x, position=prompts.position, segment=prompts.segment
-    )
-    prefix = Prefix(transformer.pack(kv), prompts.segment > 0)
+    starts, prefixes = [], []
+    for p, x in zip(models, (prompts.x, blend and blend.x)):
+        hidden, kv = transformer.apply(
+            p, cfg, x, position=prompts.position, segment=prompts.segment
+        )
+        prefixes.append(Prefix(transformer.pack(kv), prompts.segment > 0))
+        starts.append(jnp.repeat(last(hidden, prompts.segment), n, axis=0))
     shape = (sampling.max_new, rows)
     state = _Loop(
         step=jnp.zeros((), jnp.int32),
         token=jnp.zeros(rows, jnp.int32),
-        cache=transformer.new_cache(cfg, rows, max(1, sampling.max_new - 1), lockstep=True),
+        cache=tuple(
+            transformer.new_cache(cfg, rows, max(1, sampling.max_new - 1), lockstep=True)
+            for _ in models
+        ),
         done=jnp.zeros(rows, bool),
         length=jnp.zeros(rows, jnp.int32),
         record=(
@@ -158,18 +178,22 @@ def generate(
             jnp.zeros(shape, jnp.float32),
         ),
     )
-    state = record(state, jnp.repeat(last(hidden, prompts.segment), n, axis=0))
+    state = record(state, starts)
 
     def body(state):
-        hidden, cache = transformer.apply(
-            params,
-            cfg,
-            transformer.embed(params, cfg, state.token[:, None]),
-            position=(first + state.step - 1)[:, None],
-            prefix=prefix,
-            cache=state.cache,
-        )
-        return record(state._replace(cache=cache), hidden[:, 0])
+        hidden, caches = [], []
+        for p, prefix, cache in zip(models, prefixes, state.cache):
+            h, cache = transformer.apply(
+                p,
+                cfg,
+                transformer.embed(p, cfg, state.token[:, None]),
+                position=(first + state.step - 1)[:, None],
+                prefix=prefix,
+                cache=cache,
+            )
+            hidden.append(h[:, 0])
+            caches.append(cache)
+        return record(state._replace(cache=tuple(caches)), hidden)
 
     more = lambda s: (s.step < sampling.max_new) & ~s.done.all()
     state = jax.lax.while_loop(more, body, state)

@@ -445,6 +445,11 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def wait(self) -> None:
+        """Until what was saved is on the disk, for others to read."""
+        if self._saves is not None:
+            self._saves.wait()
+
     def once(self, name: str, function: Callable[[], Any], *, of: Any = None) -> Any:
         """`function()`, or what it returned when an earlier start of this run called it.
 
@@ -475,8 +480,7 @@ class Run:
         for name, value in numbers.items():
             if not math.isfinite(value):
                 raise UserError(f"summary: {name} is {value}; a result must be a finite number")
-        if self._saves is not None:
-            self._saves.wait()
+        self.wait()
 
         def write() -> dict[str, float]:
             path = self.workdir / "summary.json"

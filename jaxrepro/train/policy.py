@@ -36,11 +36,23 @@ SHAPES = {
         embed_std=128**-0.5,  # unit-norm rows: a tied head then starts at logits of unit scale
         family="llama",  # for others, transformers' tokenizer class overrules ours in an export
     ),
+    "letters": dict(
+        d=64, layers=2, heads=4, kv=2, head_dim=16, ffn=192, rope_theta=100.0, qkv_bias=False,
+        embed_std=64**-0.5, family="llama",
+    ),
     "smollm2": dict(
         vocab=49152, d=576, layers=30, heads=9, kv=3, head_dim=64, ffn=1536, rope_theta=1e5,
         eps=1e-5, qkv_bias=False, max_positions=8192,
     ),
     "qwen2_1_5b": dict(vocab=151936, d=1536, layers=28, heads=12, kv=2, head_dim=128, ffn=8960),
+    "mistral_7b": dict(
+        vocab=32000, d=4096, layers=32, heads=32, kv=8, head_dim=128, ffn=14336, qkv_bias=False,
+        tied=False,
+    ),
+    "llama3_8b": dict(
+        vocab=128256, d=4096, layers=32, heads=32, kv=8, head_dim=128, ffn=14336, rope_theta=5e5,
+        qkv_bias=False, tied=False,
+    ),
 }  # fmt: skip
 
 
@@ -143,18 +155,34 @@ def exported(policy: Policy) -> Any:
 
 
 def begin(
-    run: Run, policy: Policy, config: Any, section: Any, loss: Callable, *, steps: int, stage: str
+    run: Run,
+    policy: Policy,
+    config: Any,
+    section: Any,
+    loss: Callable,
+    *,
+    steps: int,
+    stage: str,
+    params: Callable[[], Any] | None = None,
+    extra: Callable[[Any], Any] | None = None,
+    prepare: Callable | None = None,
 ) -> tuple[State, Any]:
     """The state of a stage, resumed or begun, and the compiled step of `loss`.
 
-    section: of the config, with the optimiser's settings, micro_batches and max_grad_norm.
+    section: of the config, with the optimiser's settings, micro_batches and max_grad_norm. params: gives
+    those to start from (default `initial`). extra(params): the method's own part of the state. prepare: as
+    in `make_step`.
     """
     rule = optimizer(section, steps=steps)
-    create = partial(init_state, optimizer=rule, trainable=trainable(policy.cfg))
+
+    def create(params: Any) -> State:
+        own = extra(params) if extra else None
+        return init_state(params, rule, trainable=trainable(policy.cfg), extra=own)
+
     abstract = jax.eval_shape(create, transformer.abstract(policy.cfg))
     shardings = state_shardings(abstract, policy.shardings, policy.mesh)
     state = run.restore(
-        lambda: create(initial(policy, config)),
+        lambda: create(params() if params else initial(policy, config)),
         stage=stage,
         shardings=shardings,
         abstract=abstract,
@@ -165,6 +193,7 @@ def begin(
         rule,
         micro_batches=section.micro_batches,
         max_grad_norm=section.max_grad_norm,
+        prepare=prepare,
         trainable=trainable(policy.cfg),
         shardings=policy.shardings if policy.mesh.size > 1 else None,
     )

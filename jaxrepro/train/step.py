@@ -46,6 +46,14 @@ def split(batch, micro_batches: int):
     return jax.tree.map(one, batch)
 
 
+def in_parts(fn, batch, micro_batches: int):
+    """fn(batch), computed by micro-batches; what fn returns leads with the rows it was given."""
+    if micro_batches == 1:
+        return fn(batch)
+    join = lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+    return jax.tree.map(join, jax.lax.map(fn, split(batch, micro_batches)))
+
+
 def _ratio(total, weight):
     """total / weight; 0 where nothing was weighed."""
     return jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1.0, weight))
@@ -105,7 +113,7 @@ def make_step(
     loss(params, batch) -> (loss_sum, weight_sum, aux).
     prepare(state, batch) -> (batch, extra) runs first, once, without gradient, over the whole batch: what
     an item owes to the other items or to the state it puts into the batch, as leaves with rows or as
-    scalars, and it gives the state's next `extra`.
+    scalars, and it gives the state's next `extra`. The loss is then called as loss(params, batch, extra).
     trainable: see `state.trainable_mask`; frozen leaves have neither gradient nor moments.
     max_grad_norm clips the gradient of the mean loss by its global norm (None or 0: no clipping).
     shardings: of the parameters; pins the gradients there (give it wherever fsdp or tensor > 1).
@@ -124,10 +132,11 @@ def make_step(
         params = state.params
         mask = trainable_mask(trainable, params)
         part = select(params, mask)
-        extra = state.extra
+        extra, shared = state.extra, ()
         if prepare is not None:
             batch, extra = jax.lax.stop_gradient(prepare(state, batch))
-        objective = lambda part, rows: loss(merge(part, params, mask), rows)
+            shared = (extra,)
+        objective = lambda part, rows: loss(merge(part, params, mask), rows, *shared)
         at = None if shardings is None else select(shardings, mask)
         total, weight, aux, grads = accumulate(objective, part, batch, micro_batches, at)
 

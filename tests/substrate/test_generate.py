@@ -10,11 +10,12 @@ from scipy import stats
 
 from jaxrepro.config import UserError
 from jaxrepro.models import transformer
-from jaxrepro.models.scoring import completion_log_probs
+from jaxrepro.models.scoring import completion_hidden, completion_log_probs
 from jaxrepro.models.transformer import TransformerConfig
 from jaxrepro.rollout.generate import (
     FINISH_EOS,
     FINISH_LENGTH,
+    Blend,
     Prompts,
     Sampling,
     generate,
@@ -67,6 +68,25 @@ def test_recorded_log_probs_equal_the_training_graph(params, prompts, samples):
     np.testing.assert_allclose(
         samples.lp_sampler, rescored(params, prompts, samples, 0.8), atol=1e-5
     )
+
+
+def test_a_blend_draws_from_the_normalised_product_of_two_policies(params, prompts):
+    other = jax.tree.map(lambda a: jnp.flip(a, -1), params)
+    moved = prompts._replace(x=0.5 * prompts.x)  # what the other makes of the same tokens
+    blend = Blend(other, moved.x, 0.3)
+    asked = dict(request_ids=IDS, key=jax.random.key(2), sampling=SAMPLING, n=N)
+    drawn = run(params, CFG, prompts, **asked, blend=blend)
+    both = []
+    for p, x in ((params, prompts), (other, moved)):
+        hidden = completion_hidden(p, CFG, *x, drawn.tokens, drawn.length)
+        both.append(transformer.logits(p, CFG, hidden))
+    lp = jax.nn.log_softmax(0.7 * both[0] + 0.3 * both[1])
+    want = jnp.take_along_axis(lp, drawn.tokens[..., None], -1)[..., 0]
+    inside = np.arange(NEW) < np.asarray(drawn.length)[..., None]
+    np.testing.assert_allclose(drawn.lp_raw, jnp.where(inside, want, 0), atol=1e-5)
+    alone = jax.nn.log_softmax(both[0])
+    alone = jnp.take_along_axis(alone, drawn.tokens[..., None], -1)[..., 0]
+    assert np.abs(np.where(inside, alone - want, 0)).max() > 0.1
 
 
 def test_length_counts_the_eos_and_finish_tells_why(samples):

@@ -15,7 +15,7 @@ from jaxrepro import sharding
 from jaxrepro.config import UserError
 from jaxrepro.train import optim
 from jaxrepro.train.state import init_state, state_shardings, step_key, trainable_mask
-from jaxrepro.train.step import NONFINITE, accumulate, compile_step, make_step, split
+from jaxrepro.train.step import NONFINITE, accumulate, compile_step, in_parts, make_step, split
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import meshes
@@ -153,8 +153,9 @@ def test_what_prepare_adds_reaches_every_micro_batch_without_gradient():
         rows = jnp.arange(len(batch["x"]), dtype=jnp.float32)
         return batch | {"mean": total / weight, "row": rows}, {"seen": state.extra["seen"] + 1}
 
-    def centred(p, rows):
+    def centred(p, rows, extra):
         total, weight, aux = loss(p, rows)
+        total = jnp.where(extra["seen"] == 1, total, jnp.nan)  # the state's next one
         return (
             total - rows["mean"] * weight,
             weight,
@@ -177,7 +178,8 @@ def test_what_prepare_adds_reaches_every_micro_batch_without_gradient():
 def test_a_non_finite_step_takes_back_the_extra_state_too():
     params, batch = problem()
     batch["y"][3], batch["weight"][3] = np.nan, 1
-    step = jitted(loss, optax.sgd(0.1), prepare=lambda s, b: (b, s.extra + 1))
+    fn = lambda p, rows, extra: loss(p, rows)
+    step = jitted(fn, optax.sgd(0.1), prepare=lambda s, b: (b, s.extra + 1))
     state, _ = step(init_state(params, optax.sgd(0.1), extra=jnp.zeros(())), batch)
     assert float(state.extra) == 0
 
@@ -248,3 +250,11 @@ def test_key_of_a_step_depends_on_seed_stage_and_step_only():
     assert (
         len({str(bits(*a)) for a in [(0, "rl", 3), (1, "rl", 3), (0, "sft", 3), (0, "rl", 4)]}) == 4
     )
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_in_parts_gives_rows_in_their_order(m):
+    rows = {"x": jnp.arange(6.0), "y": jnp.arange(24.0).reshape(12, 2), "z": jnp.asarray(2.0)}
+    fn = lambda r: {"x": r["x"] * r["z"], "y": r["y"][::2] - r["x"][:, None]}
+    found = jax.jit(lambda r: in_parts(fn, r, m))(rows)
+    jax.tree.map(np.testing.assert_array_equal, found, fn(rows))
