@@ -155,17 +155,23 @@ def _with(seq: SeqStats, x: dict[str, Array | None]) -> SeqStats:
 # ---- inputs
 
 
-def missing(spec: LossSpec, seq: SeqStats, batch: Batch) -> list[str]:
-    """Names of inputs that the loss needs and did not get."""
-    needs = set(spec.needs)
+def needed(spec: LossSpec, k: int | None = None) -> frozenset[str]:
+    """Names of the inputs of a loss as it is configured, for k responses an item."""
+    needs, k = set(spec.needs), SCHEMAS[spec.schema] or k or 2
     if spec.hyper.get("use_weighting"):
         needs.add("log_sum_p2")
     if spec.hyper.get("final") is not None:
         needs.add("progress")
-    if spec.hyper.get("kl_alpha") or (spec.hyper.get("retain") == "kl" and seq.p.shape[1] > 1):
+    if spec.hyper.get("kl_alpha") or (spec.hyper.get("retain") == "kl" and k > 1):
         needs.add("kl")
     if spec.hyper.get("prompt_nll"):
         needs |= {"prompt_p", "prompt_n"}
+    return frozenset(needs)
+
+
+def missing(spec: LossSpec, seq: SeqStats, batch: Batch) -> list[str]:
+    """Names of inputs that the loss needs and did not get."""
+    needs = needed(spec, seq.p.shape[1])
 
     def there(name: str) -> bool:
         if name == "reference":

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from jaxrepro.config import UserError
+from jaxrepro.data import locate
 from jaxrepro.files import whole, writing
-from jaxrepro.methods.dpo.encoding import Encoder
-from jaxrepro.methods.dpo.records import Record
+from jaxrepro.methods.dpo.rows import Item, Shape
 
 _VERSION = "1"  # of what a fingerprint covers
 
@@ -37,15 +37,30 @@ def weights(params: Any, cfg: Any) -> str:
     return found.hexdigest()
 
 
-def fingerprint(model: str, encoder: Encoder, records: Sequence[Record]) -> str:
-    """32 hexadecimal digits of a model (`weights`) and the rows of these records, in this order."""
-    head = f"{_VERSION} {model} {encoder.k} {encoder.max_tokens}"
-    found = hashlib.blake2b(head.encode(), digest_size=16)
-    for record in records:
-        for row in encoder.rows(record):
-            found.update(np.array([len(row.tokens), row.start, *row.tokens], np.int64))
+def fingerprint(model: str, items: Sequence[Item], shape: Shape) -> str:
+    """32 hexadecimal digits of a model (`weights`) and the tokens of these items, in this order."""
+    found = hashlib.blake2b(f"{_VERSION} {model} {tuple(shape)}".encode(), digest_size=16)
+    for one in items:
+        for ids in (one["prompt"], *one["responses"]):
+            found.update(np.array([len(ids), *ids], np.int64))
         found.update(b"next")
     return found.hexdigest()
+
+
+def folder() -> Path:
+    """Where log-probs of references are kept: beside fetched models."""
+    return locate.cache() / "reference"
+
+
+def compare(kept: np.ndarray, live: np.ndarray, close: float, ids: Sequence[str]) -> None:
+    """UserError where log-probs from the cache are not those that the reference gives now."""
+    apart = np.abs(kept - live).reshape(len(ids), -1).max(1)
+    worst = int(apart.argmax())
+    if not apart[worst] <= close:
+        raise UserError(
+            f"example {ids[worst]}: the cached reference is {apart[worst]:.3g} nats from the live one "
+            f"(limit {close:g}); delete {folder()}"
+        )
 
 
 def save(folder: str | os.PathLike, key: str, lp: Any, *, ids: Sequence[str] = ()) -> Path:

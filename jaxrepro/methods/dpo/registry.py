@@ -270,3 +270,13 @@ def _identical(seq: SeqStats) -> np.ndarray:
     else:
         rows = [np.asarray(x)[..., None] for x in (seq.p, seq.n)]
     return np.all([np.all(x[:, 0] == x[:, 1], axis=-1) for x in rows], axis=0)
+
+
+def hyperparameters() -> dict[str, type]:
+    """Every hyper-parameter that some loss has, and its type: what a config can set."""
+    found: dict[str, type] = {}
+    for spec in REGISTRY.values():
+        for name, value in spec.defaults.items():
+            if value is not None or name not in found:
+                found[name] = float if value is None else type(value)
+    return dict(sorted(found.items()))

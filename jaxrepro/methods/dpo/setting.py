@@ -1,0 +1,189 @@
+"""What a preference run is made of before its first step: losses, reference, policy, data."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxrepro.config import UserError
+from jaxrepro.data import questions
+from jaxrepro.methods.dpo import online, programs, records, registry, schemas, world
+from jaxrepro.methods.dpo.encoding import Encoder
+from jaxrepro.methods.dpo.programs import Mix, Reference
+from jaxrepro.methods.dpo.rows import Item, item
+from jaxrepro.methods.dpo.world import Annotator
+from jaxrepro.train import policy
+from jaxrepro.train.policy import Policy
+
+HELD = 200_000  # a stream of held-out pairs never meets one of training
+# The rows of a file that a loss reads, where its schema is none of a file.
+STORED = {"sampled": "pair"}
+PAIRS = {"pair", "scored", "tie", "multi", "step"}  # schemas whose records are pairs, and more
+# What no run here trains: heads of their own.
+UNTRAINED = {"value": "a value head", "reward_head": "a reward head"}
+
+
+class Setting(NamedTuple):
+    """What the parts of a run share."""
+
+    config: Any
+    policy: Policy
+    encoder: Encoder
+    mix: Mix
+    reference: Reference
+    train: Sequence[Item]  # offline items; none where all are drawn
+    held: Sequence[Item]  # held-out pairs; none where all are drawn
+    asked: Sequence[dict[str, Any]]  # questions of training for which responses are drawn
+    test: Sequence[dict[str, Any]]  # held-out questions
+
+
+def mix(config: Any) -> Mix:
+    """The losses that a config names, with the hyper-parameters that it sets."""
+    section = config.loss.to_dict()
+    names, shares = section.pop("name").split("+"), section.pop("shares")
+    given = {key: value for key, value in section.items() if value is not None}
+    found = tuple(registry.mix(names, shares or None, **given))
+    if not found:
+        raise UserError("loss.name is empty; name a loss")
+    for spec, _ in found:
+        for need, what in UNTRAINED.items():
+            if need in spec.needs:
+                raise UserError(
+                    f"loss {spec.name!r} trains {what}, which no run here has; it is in the registry "
+                    "for use from Python"
+                )
+        if spec.schema == "image":
+            raise UserError(f"loss {spec.name!r} is about images; use it from Python")
+    return found
+
+
+def reference(config: Any, losses: Mix) -> Reference:
+    """The reference policy of a config; kind "auto" is chosen here."""
+    kind, drawn = config.reference.kind, bool(config.online.kind)
+    needs = programs.needs_of(losses)
+    wanted = needs & {"reference", "kl", "ref_entropy", "tokens", "kl_q"}
+    if kind == "auto":
+        if not wanted:
+            kind = "none"
+        elif config.lora.rank:
+            kind = "adapter"
+        elif drawn or needs & {"kl", "kl_q"}:
+            kind = "synced" if drawn and online.KINDS[config.online.kind].iterated else "live"
+        else:
+            kind = "cached"
+    every, alpha = config.reference.every, config.reference.alpha
+    if kind == "synced" and drawn and config.reference.kind == "auto":
+        every, alpha = config.online.every, 1.0  # the reference is the policy that drew the round
+    if kind not in programs.REFERENCES:
+        raise UserError(f"reference.kind={kind!r} is not one of {', '.join(programs.REFERENCES)}")
+    if kind == "none" and wanted:
+        names = "+".join(spec.name for spec, _ in losses)
+        raise UserError(f"reference.kind=none, but loss {names} needs a reference; use auto")
+    if kind == "adapter" and not config.lora.rank:
+        raise UserError("reference.kind=adapter needs adapters: set lora.rank, or use live")
+    if kind == "cached" and drawn:
+        raise UserError("reference.kind=cached needs data that exists before the run; use live")
+    if kind == "cached" and needs & {"kl", "kl_q"}:
+        raise UserError(
+            "this loss needs the reference itself at each step; use reference.kind=live"
+        )
+    if not (every >= 1 and 0 < alpha <= 1):
+        raise UserError(
+            f"reference.every={every}, reference.alpha={alpha}; use 1 or more, and (0, 1]"
+        )
+    return Reference(kind, every, alpha)
+
+
+def annotator(config: Any) -> Annotator:
+    """Who labels the pairs of the letters."""
+    data = config.data
+    found = Annotator(data.annotator, data.flips, data.bias)
+    found.check()
+    return found
+
+
+def pieces(config: Any) -> list[str]:
+    """The closed vocabulary of a model that is trained from scratch."""
+    return list(world.LETTERS) if config.data.generator == "letters" else questions.chain_pieces()
+
+
+def prepare(config: Any) -> Setting:
+    """Everything but the weights; UserError for data that does not fit the loss."""
+    losses = mix(config)
+    held_to = reference(config, losses)
+    model = policy.open_policy(config, pieces=pieces(config))
+    schema = "pair" if config.online.kind else _schema(config, losses)
+    data = config.data
+    encoder = Encoder(
+        model.tokenizer,
+        data.max_tokens,
+        schemas.get(schema),
+        system=data.system,
+        template=data.template,
+        responses=data.responses or None,
+    )
+    train: list[Item] = []
+    held: list[Item] = []
+    asked: list[Any] = []
+    test: list[Any] = []
+    if data.path and not config.online.kind:
+        found = records.load(path=data.path, schema=schema, subset=data.subset, test=config.eval.n)
+        kept = [encoder.fitting(found.train, "training"), encoder.fitting(found.test, "test")]
+        train, held = ([item(encoder, r) for r in rows] for rows in kept)
+        if schema == "unpaired" and (note := records.balance(kept[0])):
+            print(f"{data.path}: {note}", flush=True)
+        held, test = held[: config.eval.n], [as_question(r) for r in kept[1][: config.eval.n]]
+        asked = [as_question(r) for r in kept[0] if r.get("label", True)]
+        if config.sft.steps and any(len(q["prompt"]) > 1 for q in asked):
+            raise UserError("sft.steps: a warm-up takes prompts of one turn; use 0, or init_from")
+    elif data.generator == "letters":
+        if schema not in ("pair", "scored"):
+            raise UserError(
+                f"loss {config.loss.name} reads {schema} records; the letters are pairs"
+            )
+        who = annotator(config)
+        make = lambda i, stream, who: encoder.schema.validate(world.pair(i, stream, who), stream)
+        stream = f"train {config.seed}"
+        if not config.online.kind:
+            train = [item(encoder, make(i, stream, who)) for i in range(data.n)]
+        best = Annotator("edit" if who.kind == "edit" else "best")
+        held = [item(encoder, make(HELD + i, "test", best)) for i in range(config.eval.n)]
+        asked = [world.demonstration(i, stream) for i in range(data.n)]
+        test = [world.demonstration(i, "test") for i in range(config.eval.n)]
+    else:
+        found = questions.load(
+            path=data.path,
+            subset=data.subset,
+            generator=data.generator,
+            n=data.n,
+            test=2 * config.eval.n,
+            seed=config.seed,
+        )
+        rows = questions.Encoder(
+            model.tokenizer, data.max_tokens, data.max_completion, system=data.system
+        )
+        count = min(len(found.train), data.n)
+        asked = rows.fitting([found.train[i] for i in range(count)], "training")
+        test = rows.fitting(found.test, "test")[: config.eval.n]
+    return Setting(config, model, encoder, losses, held_to, train, held, asked, test)
+
+
+def _schema(config: Any, losses: Mix) -> str:
+    """The schema of the data: the configured one, else the one that the losses read."""
+    read = {STORED.get(spec.schema, spec.schema) for spec, _ in losses}
+    plain = read - {"pair"} if read <= PAIRS else read
+    if len(plain) > 1:
+        raise UserError(
+            f"losses {config.loss.name} read different data: {', '.join(sorted(plain))}; mix losses "
+            "of one schema"
+        )
+    plain = plain or {"pair"}
+    return config.data.schema or plain.pop()
+
+
+def as_question(record: Any) -> dict[str, Any]:
+    """A record as something to ask: its prompt's last turn, its first response as the solution."""
+    return {
+        "id": record["id"],
+        "prompt": record["prompt"],
+        "problem": record["prompt"][-1]["content"],
+        "solution": record["responses"][0],
+    }

@@ -1,0 +1,291 @@
+"""A preference run: what it writes, how it goes on, what it draws, what it refuses."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxrepro import config
+from jaxrepro.config import UserError
+from jaxrepro.methods.dpo import online, run, world
+from jaxrepro.methods.dpo.online import Drawn
+from jaxrepro.methods.dpo.registry import REGISTRY
+from jaxrepro.rewards.judge import Verdict
+from jaxrepro.train import policy
+from jaxrepro.train.loop import Run
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+SMALL = {
+    "steps": 4,
+    "sft.steps": 2,
+    "sft.batch": 4,
+    "sft.warmup": 1,
+    "dpo.batch": 4,
+    "dpo.warmup": 1,
+    "data.n": 16,
+    "eval.n": 4,
+    "eval.samples": 2,
+    "eval.batch": 4,
+    "online.slots": 8,
+    "checkpoint.every": 2,
+    "log.tensorboard": False,
+    "log.curves": False,
+}
+
+
+def settings(**changes):
+    named = {k.replace("__", "."): v for k, v in changes.items()}
+    return config.load("configs/dpo.py", SMALL | named)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(tmp_path_factory):
+    """A model of one thin layer, compiled quickly and each program once; caches of this test's own."""
+    shape = dict(d=16, layers=1, heads=2, kv=1, head_dim=8, ffn=16)
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(policy.SHAPES, "letters", policy.SHAPES["letters"] | shape)
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.1)):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dpo") / "whole"
+    return folder, run.run(settings(), folder)
+
+
+def parameters(folder):
+    return run.trained(settings(), folder)[1]
+
+
+def logged(folder, stage):
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [x for x in lines if x["stage"] == stage]
+
+
+def test_a_run_leaves_pairs_samples_and_their_change(finished):
+    folder, results = finished
+    assert results["before/test/accuracy"] == 0.5 and results["before/test/kl"] == pytest.approx(0, abs=1e-4)  # fmt: skip
+    assert 0 <= results["after/test/win_rate_lo"] <= results["after/test/win_rate_hi"] <= 1
+    change = results["after/test/chosen_lp"] - results["before/test/chosen_lp"]
+    assert results["test/chosen_lp_change"] == pytest.approx(change) and change != 0
+    items = json.loads((folder / "items.json").read_text())
+    assert np.mean(items["after/test/accuracy"]) == pytest.approx(results["after/test/accuracy"])
+    assert np.mean(items["after/test/win_rate"]) == pytest.approx(results["after/test/win_rate"])
+    assert json.loads((folder / "summary.json").read_text()) == results
+    assert "before and after" in (folder / "samples.md").read_text()
+    steps = logged(folder, "dpo")
+    assert [x["step"] for x in steps] == [1, 2, 3, 4]
+    assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)  # policy = reference
+    assert {"rewards/accuracy", "rewards/margin", "logps/chosen"} <= set(steps[0])
+
+
+def test_a_resumed_run_has_the_same_bits(finished, tmp_path, monkeypatch):
+    folder, results = finished
+    save = Run.save
+
+    def stop(self, i, state, **kwargs):
+        save(self, i, state, **kwargs)
+        if self.stage == "dpo" and i == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.run(settings(), tmp_path)
+    assert run.run(settings(), tmp_path) == results
+    jax.tree.map(np.testing.assert_array_equal, parameters(folder), parameters(tmp_path))
+
+
+def test_an_arm_starts_from_the_warm_up_of_another_run(finished, tmp_path):
+    folder, results = finished
+    again = run.run(settings(init_from=str(folder), steps=0), tmp_path / "a")
+    assert again["before/test/chosen_lp"] != results["before/test/chosen_lp"]  # the last stage's
+    warm = tmp_path / "warm"
+    first = run.run(settings(steps=0), warm)
+    arm = run.run(settings(init_from=str(warm)), tmp_path / "b")
+    assert arm["before/test/chosen_lp"] == pytest.approx(first["before/test/chosen_lp"])
+    assert arm["after/test/chosen_lp"] == pytest.approx(results["after/test/chosen_lp"], abs=1e-4)
+
+
+def test_a_table_ends_at_the_known_optimum(tmp_path):
+    found = run.run(settings(model__shape="table", steps=500, loss__beta=0.5), tmp_path)
+    assert found["after/table/tv"] < 0.02 and found["after/table/entropy"] > 0.5
+
+
+# ---- pairs that are drawn
+
+ASKED = {"id": "q", "problem": "a b", "solution": "a"}
+
+
+def drawn(*texts):
+    return [Drawn([ord(c) for c in text], text, True) for text in texts]
+
+
+def verdict(*scores):
+    return Verdict(np.array(scores, float), None, 0)
+
+
+def test_best_and_worst_of_the_samples_are_the_pair():
+    made = online.item("online_dpo", ASKED, [1], drawn("x", "y", "z"), verdict(1, 3, 2))
+    assert made["picked"] == [1, 0] and made["responses"] == [[ord("y")], [ord("x")]]
+    assert made["probability"] == pytest.approx(1 / (1 + np.exp(-2)))
+    assert online.item("online_dpo", ASKED, [1], drawn("x", "y"), verdict(1, 1)) is None
+    unknown = verdict(np.nan, 3, 2)
+    made = online.item("iterative", ASKED, [1], drawn("x", "y", "z"), unknown)
+    assert made["picked"] == [1, 2] and made["values"] == [None, 3, 2]
+    assert online.item("iterative", ASKED, [1], drawn("x", "y"), verdict(np.nan, 3)) is None
+
+
+def test_spin_prefers_the_demonstration_and_xpo_explores_what_the_reference_wrote():
+    made = online.item("spin", ASKED, [1], drawn("own", "human"), None)
+    assert made["responses"][0] == [ord(c) for c in "human"]
+    assert online.item("spin", ASKED, [1], drawn("a", "a"), None) is None
+    assert online.item("xpo", ASKED, [1], drawn("p", "r"), verdict(2, 1))["explore"] == 1
+    assert online.item("xpo", ASKED, [1], drawn("p", "r"), verdict(1, 2))["explore"] == 0
+
+
+def test_sppo_scores_are_mean_win_probabilities_and_nash_md_keeps_one_response():
+    made = online.item("sppo", ASKED, [1], drawn("x", "y", "z"), verdict(0, 1, 0), scale=2.0)
+    p = 1 / (1 + np.exp(-2.0))
+    assert made["scores"][0] == pytest.approx((0.5 + p + p) / 3)
+    made = online.item("nash_md", ASKED, [1], drawn("x", "y"), verdict(1, 0))
+    assert len(made["responses"]) == 1 and made["scores"] == [pytest.approx(1 / (1 + np.exp(-1)))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(online.KINDS))
+def test_a_round_is_drawn_once_and_a_resumed_run_has_the_same_bits(kind, tmp_path, monkeypatch):
+    name = {"iterative": "sigmoid", "sppo": "sppo_soft"}.get(kind, kind)
+    changed = dict(online__kind=kind, online__every=2, loss__name=name)
+    whole = run.run(settings(**changed), tmp_path / "whole")
+    rounds = sorted(p.name for p in (tmp_path / "whole" / "once").glob("round-*"))
+    assert rounds == ["round-000000.json", "round-000001.json"]
+    kept = json.loads((tmp_path / "whole" / "once" / rounds[1]).read_text())["value"]
+    iterated = online.KINDS[kind].iterated
+    assert kept["policy_step"] == 2 and kept["reference_step"] == (2 if iterated else 0)
+    assert len(kept["items"]) == 8
+    save = Run.save
+
+    def stop(self, i, state, **kwargs):
+        save(self, i, state, **kwargs)
+        if self.stage == "dpo" and i == 2:  # in the middle of a round, after the checkpoint
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.run(settings(**changed), tmp_path / "cut")
+    assert run.run(settings(**changed), tmp_path / "cut") == whole
+
+
+@pytest.mark.slow
+def test_every_loss_of_plain_pairs_trains_with_a_finite_loss(tmp_path):
+    plain = [
+        name
+        for name, spec in REGISTRY.items()
+        if spec.schema in ("pair", "scored")
+        and not spec.needs - {"reference", "tokens", "log_sum_p2", "ref_entropy", "kl", "scores", "vocab"}
+    ]  # fmt: skip
+    assert len(plain) > 30
+    for name in plain:
+        extra = {"loss__label_smoothing": 1e-3} if name == "exo_pair" else {}
+        folder = tmp_path / name
+        run.run(settings(loss__name=name, steps=3, eval__samples=0, **extra), folder)
+        assert all(np.isfinite(x["loss"]) for x in logged(folder, "dpo")), name
+
+
+# ---- data of one's own
+
+
+def written(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_unpaired_records_of_a_file_train_kto_against_a_live_reference(tmp_path, capsys):
+    rows = [
+        {"prompt": f"{x} {y}", "completion": "c d" if good else "e", "label": good}
+        for x in "abcd"
+        for y in "efg"
+        for good in (True, False)
+    ]
+    path = written(tmp_path / "data.jsonl", rows)
+    found = run.run(settings(loss__name="kto", data__path=path), tmp_path / "run")
+    assert found["after/test/samples"] > 0
+    steps = logged(tmp_path / "run", "dpo")
+    assert steps[0]["loss"] == pytest.approx(0.5, abs=1e-5)  # policy = reference, z0 = 0
+    assert all(np.isfinite(x["loss"]) for x in steps)
+
+
+def test_a_missing_field_names_file_line_and_field(tmp_path):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"}]
+    path = written(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(UserError, match=r"pairs\.jsonl.*2.*'rejected'"):
+        run.run(settings(data__path=path), tmp_path / "run")
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"loss__name": "sigmod"}, "did you mean"),
+        ({"loss__name": "exo_pair", "loss__label_smoothing": 0.0}, "label_smoothing"),
+        ({"loss__beta": 0.0}, "beta"),
+        ({"loss__name": "sigmoid", "loss__gamma": 1.0}, "gamma"),
+        ({"loss__name": "aot", "loss__use_weighting": True}, "use_weighting"),
+        ({"loss__name": "sigmoid+kto"}, "different data"),
+        ({"loss__name": "dro"}, "value head"),
+        ({"loss__name": "diffusion_dpo"}, "images"),
+        ({"reference__kind": "none"}, "needs a reference"),
+        ({"reference__kind": "adapter"}, "lora.rank"),
+        ({"reference__kind": "cached", "online__kind": "online_dpo"}, "before the run"),
+        ({"reference__kind": "synced", "reference__alpha": 0.0}, r"\(0, 1\]"),
+        ({"online__kind": "online"}, "is not one of"),
+        ({"online__kind": "sppo", "online__samples": 1}, "at least 2"),
+        ({"data__annotator": "me"}, "is not one of"),
+        ({"data__flips": 1.0}, r"\[0, 1\)"),
+        ({"data__generator": "chains"}, "no pairs"),
+        ({"data__generator": "gsm_symbolic", "online__kind": "xpo"}, "model.path is needed"),
+        ({"judge": "os:system"}, "judge"),
+        ({"dpo__micro_batches": 3}, "divisor"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line_and_leave_no_workdir(changes, says, tmp_path):
+    with pytest.raises(UserError, match=says) as error:
+        run.run(settings(**changes), tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_the_worlds_pairs_follow_their_annotator():
+    def pairs(n=400, **who):
+        return [world.pair(i, "t", world.Annotator(**who)) for i in range(n)]
+
+    better = lambda found: np.mean([p["score_chosen"] > p["score_rejected"] for p in found])
+    drawn_by = lambda p: 1 / (1 + np.exp(p["score_rejected"] - p["score_chosen"]))
+    fair = pairs()
+    assert better(pairs(kind="best")) > 0.99
+    expected = np.mean([max(drawn_by(p), 1 - drawn_by(p)) for p in fair])
+    assert abs(better(fair) - expected) < 0.06
+    assert better(pairs(kind="best", flips=0.3)) == pytest.approx(0.7, abs=0.06)
+    length = lambda p: len(p["chosen"].split()) - len(p["rejected"].split())
+    assert np.mean([length(p) for p in pairs(kind="length")]) > 0.5
+    for p in pairs(50, kind="edit"):
+        a, b = p["chosen"].split(), p["rejected"].split()
+        assert len(a) == len(b) and sum(x != y for x, y in zip(a, b)) == 1
+        assert p["score_chosen"] > p["score_rejected"]
+    assert fair == pairs() and world.reward("a b", "") == -world.SCALE
