@@ -1,0 +1,1 @@
+"""Supervised Optimism Correction, arXiv:2504.07527."""
