@@ -9,7 +9,7 @@ so prompt tokens cost 1/n of what separate rows cost and gradients are the same:
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrepro.models import transformer
 from jaxrepro.models.transformer import Prefix, TransformerConfig
@@ -102,9 +102,22 @@ def nll(
     """
     hidden, _ = transformer.apply(params, cfg, x, position=tokens.position, segment=tokens.segment)
     targets, mask = shift(tokens.tokens, tokens.response, tokens.segment)
-    if responses is not None and responses < mask.shape[-1] and cfg.vocab > _GATHER:
-        first = jnp.argsort(~mask, axis=-1, stable=True)[:, :responses]
-        hidden = jnp.take_along_axis(hidden, first[..., None], axis=1)
-        targets, mask = (jnp.take_along_axis(a, first, axis=1) for a in (targets, mask))
+    hidden, targets, mask = scored_positions(hidden, targets, mask, responses=responses, cfg=cfg)
     lp = token_log_probs(hidden, transformer.head(params, cfg), targets, chunk=chunk)
     return -jnp.sum(lp, where=mask), mask.sum().astype(jnp.float32)
+
+
+def scored_positions(
+    hidden: Float[Array, "b t d"],
+    targets: Int[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    *,
+    responses: int | None,
+    cfg: TransformerConfig,
+) -> tuple[Float[Array, "b r d"], Int[Array, "b r"], Bool[Array, "b r"]]:
+    """Of each row the first `responses` positions under the mask, where that saves work; else all."""
+    if responses is None or responses >= mask.shape[-1] or cfg.vocab <= _GATHER:
+        return hidden, targets, mask
+    first = jnp.argsort(~mask, axis=-1, stable=True)[:, :responses]
+    hidden = jnp.take_along_axis(hidden, first[..., None], axis=1)
+    return hidden, *(jnp.take_along_axis(a, first, axis=1) for a in (targets, mask))

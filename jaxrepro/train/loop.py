@@ -59,13 +59,13 @@ OURS += ("samples.md", "samples", "items.json", "answers.jsonl")
 def may_differ(key: str) -> bool:
     """Whether a resumed run may have another value of this dotted key."""
     head, last = key.split(".")[0], key.split(".")[-1]
-    free = last in ("steps", "every", "path") or head in ("eval", "mesh", "log")
+    free = last in ("steps", "every", "path") or head in ("eval", "decode", "mesh", "log")
     return free or key == "checkpoint.keep"
 
 
 def _again(key: str) -> bool:
     """Whether another value of this key means that a finished run is not finished."""
-    return key.split(".")[-1] == "steps" or key.split(".")[0] == "eval"
+    return key.split(".")[-1] == "steps" or key.split(".")[0] in ("eval", "decode")
 
 
 def _flat(tree, prefix: str = "") -> dict[str, Any]:

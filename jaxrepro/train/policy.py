@@ -30,21 +30,24 @@ from jaxrepro.train.state import State, init_state, state_shardings
 from jaxrepro.train.step import compile_step, make_step
 
 # Shapes for --dry_run, and of models that are trained from scratch.
+TINY = dict(
+    d=128, heads=4, kv=2, head_dim=32, ffn=384, rope_theta=100.0, qkv_bias=False,
+    embed_std=128**-0.5,  # unit-norm rows: a tied head then starts at logits of unit scale
+    family="llama",  # for others, transformers' tokenizer class overrules ours in an export
+)  # fmt: skip
 SHAPES = {
-    "tiny": dict(
-        d=128, layers=3, heads=4, kv=2, head_dim=32, ffn=384, rope_theta=100.0, qkv_bias=False,
-        embed_std=128**-0.5,  # unit-norm rows: a tied head then starts at logits of unit scale
-        family="llama",  # for others, transformers' tokenizer class overrules ours in an export
-    ),
-    "letters": dict(
-        d=64, layers=2, heads=4, kv=2, head_dim=16, ffn=192, rope_theta=100.0, qkv_bias=False,
-        embed_std=64**-0.5, family="llama",
-    ),
+    "tiny": TINY | {"layers": 3},
+    "tiny_2": TINY | {"layers": 2},
+    "letters": TINY | dict(d=64, layers=2, head_dim=16, ffn=192, embed_std=64**-0.5),
     "smollm2": dict(
         vocab=49152, d=576, layers=30, heads=9, kv=3, head_dim=64, ffn=1536, rope_theta=1e5,
         eps=1e-5, qkv_bias=False, max_positions=8192,
     ),
     "qwen2_1_5b": dict(vocab=151936, d=1536, layers=28, heads=12, kv=2, head_dim=128, ffn=8960),
+    "qwen2_5_3b": dict(vocab=151936, d=2048, layers=36, heads=16, kv=2, head_dim=128, ffn=11008),
+    "qwen2_5_7b": dict(
+        vocab=152064, d=3584, layers=28, heads=28, kv=4, head_dim=128, ffn=18944, tied=False
+    ),
     "mistral_7b": dict(
         vocab=32000, d=4096, layers=32, heads=32, kv=8, head_dim=128, ffn=14336, qkv_bias=False,
         tied=False,
