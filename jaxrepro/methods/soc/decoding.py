@@ -229,7 +229,9 @@ def voter(
 def _elect(p: Policy, texts: Sequence[tuple[str, bool]], stated: Callable) -> Answer:
     at = majority([stated(text) for text, _ in texts])
     text, finished = texts[at]
-    return Answer(text.strip(), len(p.tokenizer.encode(text, unknown="id")) + finished, finished, None)
+    return Answer(
+        text.strip(), len(p.tokenizer.encode(text, unknown="id")) + finished, finished, None
+    )
 
 
 def majority(answers: Sequence[str | None]) -> int:

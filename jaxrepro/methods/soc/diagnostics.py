@@ -109,7 +109,7 @@ def of(
     def scored(a: Any) -> tuple[float, float, float]:
         if a is None or a.sums is None:
             return np.nan, np.nan, np.nan
-        return a.sums.logprob / a.length**length_penalty, a.sums.v, a.length
+        return a.sums.logprob / a.length**length_penalty, a.sums.v, float(a.length)
 
     score, v, _ = np.array([scored(a) for a in answers]).T
     gold_score, gold_v, gold_length = np.array([scored(a) for a in gold]).T

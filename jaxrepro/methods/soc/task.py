@@ -190,7 +190,8 @@ def _worked(example: dict[str, Any], answer: str | None = None) -> dict[str, Any
     """An example with its answer and a boxed solution; worked says whether there is more than the answer."""
     solution = example["solution"]
     answer = answer or maths.boxed(solution) or maths.extract(solution) or solution
-    worked = maths.normalise(solution) != maths.normalise(answer)
+    rest = solution.replace("\\boxed", "").replace(answer, "")
+    worked = any(c.isalnum() for c in rest)
     return example | {"solution": boxed(solution), "answer": answer, "worked": worked}
 
 
