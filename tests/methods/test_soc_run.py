@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import meshes
 import soc_tiny as tiny
 
-
 NORMALISE = ["token", pytest.param("sequence", marks=pytest.mark.slow)]
 
 
@@ -302,7 +301,7 @@ def test_greedy_is_the_sampler_at_temperature_0_and_scores_are_the_models(finish
     # a worked solution scores as the loss says
     gold = decoding.scorer(s.policy, s.encoder, **how)(params, asked)
     batch = jax.tree.map(jnp.asarray, s.encoder.sft(asked))
-    total, count, aux = jax.jit(loss_of(s))(params, batch)
+    _, count, aux = jax.jit(loss_of(s))(params, batch)
     assert sum(a.length for a in gold) == count
     assert sum(a.sums.logprob for a in gold) == pytest.approx(-float(aux["ce"][0]), rel=1e-5)
     assert sum(a.sums.v for a in gold) == pytest.approx(float(aux["v"][0]), rel=1e-5)

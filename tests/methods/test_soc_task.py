@@ -79,6 +79,16 @@ def test_a_sum_states_the_digits_after_its_last_equals_sign(text, answer):
     assert task.stated_sum(text) == answer
 
 
+def test_sums_that_are_too_long_are_left_out_and_counted(capsys):
+    c = settings_of("tiny", data__max_completion=28, data__n=60, eval__n=4)
+    short = task.FewShot(TOKENIZER, 48, 28, system="")
+    found = task.load(c, short)
+    assert len(found.train) + found.left_out == 60 and found.left_out > 0
+    assert all(map(short.fits, found.train))
+    assert f"left out {found.left_out} of 60" in capsys.readouterr().out
+    assert len(found.tests["test"]) == 4
+
+
 # Maths -----------------------------------------------------------------------------------------------
 
 

@@ -88,8 +88,9 @@ def load(config: Any, encoder: Encoder) -> Task:
     data, n = config.data, config.eval.n
     if not data.path and data.generator == ADDITION:
         train = additions(data.n, f"train {config.seed}", held=False, rare=data.rare)
+        kept = encoder.fitting(train, "training")
         tests = {HELD_OUT: additions(n, "test", held=True, rare=0.5)}
-        return Task(train, tests, stated_sum, 0)
+        return Task(kept, tests, stated_sum, len(train) - len(kept))
     if data.path:
         train, test = _from_path(data, n)
     else:
