@@ -1,6 +1,8 @@
 """Decoders and diagnosis: which there are, sharpening, exhaustive beams, votes, rates by hand."""
 
+import dataclasses
 import itertools
+import json
 import math
 
 import jax
@@ -12,12 +14,14 @@ from ml_collections import ConfigDict
 from jaxrepro import config
 from jaxrepro.config import UserError
 from jaxrepro.data.batches import PromptTokens
+from jaxrepro.data.text import closed_vocabulary
 from jaxrepro.methods.soc import decoding, diagnostics
 from jaxrepro.methods.soc.decoding import Answer, Decoder, Sums
 from jaxrepro.models import transformer
 from jaxrepro.models.transformer import TransformerConfig
 from jaxrepro.rollout.beam import Beams, beam_search
 from jaxrepro.rollout.generate import Prompts
+from jaxrepro.train.policy import Policy
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 CFG = TransformerConfig(vocab=6, d=8, layers=1, heads=2, kv=1, head_dim=4, ffn=8, embed_std=0.7)
@@ -103,8 +107,6 @@ def test_sums_are_consistent(measured):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_sharpened_parameters_divide_all_logits(params, tied):
-    import dataclasses
-
     cfg = dataclasses.replace(CFG, tied=tied)
     if not tied:
         params = params | {"head": params["embed"].T[:, ::-1]}
@@ -167,6 +169,16 @@ def test_decoders_that_cannot_be_are_refused(changes, message):
 )
 def test_the_commonest_answer_wins_and_none_has_no_vote(answers, index):
     assert decoding.majority(answers) == index
+
+
+def test_an_answer_ends_at_the_trained_turn_and_where_the_models_folder_says(tmp_path):
+    tokenizer = closed_vocabulary(["a"])
+    eos, cfg = tokenizer.eos, dataclasses.replace(CFG, vocab=tokenizer.vocab_size)
+    p = Policy(None, cfg, tokenizer, None, None)
+    assert decoding.ends(p) == (eos,)
+    for said, wanted in ((3, (eos, 3)), ([eos, 3], (eos, 3)), ([3, 99], (eos, 3)), (None, (eos,))):
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": said}))
+        assert decoding.ends(p._replace(source=tmp_path)) == wanted
 
 
 # Diagnosis -------------------------------------------------------------------------------------------

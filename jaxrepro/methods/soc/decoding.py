@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 from jaxrepro import sharding
 from jaxrepro.config import UserError
 from jaxrepro.methods.soc.objective import SCORES, Stats, score
-from jaxrepro.models import transformer
+from jaxrepro.models import hf, transformer
 from jaxrepro.models.scoring import completion_hidden
 from jaxrepro.ops.logprob import token_stats
 from jaxrepro.rollout.beam import Beams, beam_search
@@ -121,6 +121,18 @@ def sharpen(params: dict, temperature: float) -> dict:
     return params | {"norm": params["norm"] / temperature}
 
 
+def ends(p: Policy) -> tuple[int, ...]:
+    """The ids that end an answer: the end of turn that is trained, and those of the model's folder.
+
+    A base model that was not fine-tuned ends a text, not a turn; Qwen's folders name both.
+    """
+    found: Any = []
+    if p.source is not None and p.source.is_dir():
+        found = hf.token_ids(p.source).get("eos_token_id", [])
+    found = found if isinstance(found, list) else [found]
+    return tuple(dict.fromkeys([p.tokenizer.eos, *(i for i in found if i < p.cfg.vocab)]))
+
+
 def measure(
     params: dict,
     cfg: Any,
@@ -147,7 +159,7 @@ def searcher(
     """`(params, examples) -> ` the `returned` best answers of each example, the best first."""
     beams = Beams(
         encoder.max_completion,
-        (p.tokenizer.eos,),
+        ends(p),
         width=decoder.width,
         length_penalty=decoder.length_penalty,
         returned=returned,
@@ -168,19 +180,24 @@ def searcher(
         out: list[list[Answer]] = []
         for _, rows in policy.prompt_batches(p, encoder, examples, batch):
             tokens, length, sums = sharding.fetch(search(params, rows))
-            for i in range(len(tokens)):
-                out.append([_answer(p, tokens[i, j], length[i, j], sums, (i, j))
-                            for j in range(returned)])  # fmt: skip
+            out += _answers(p, tokens, length, sums)
         return out[: len(examples)]
 
     return call
 
 
-def _answer(p: Policy, tokens: Any, length: Any, sums: Sums, at: tuple[int, int]) -> Answer:
-    ids = tokens[:length]
-    finished = int(ids[-1]) == p.tokenizer.eos
-    own = Sums(*(float(a[at]) for a in sums))
-    return Answer(p.tokenizer.decode(ids).strip(), int(length), finished, own)
+def _answers(p: Policy, tokens: Any, length: Any, sums: Sums) -> list[list[Answer]]:
+    """Answers of arrays (b, n, t) and (b, n); a hypothesis that does not exist has no tokens."""
+    end = ends(p)
+
+    def one(at: tuple[int, int]) -> Answer:
+        ids = tokens[at][: length[at]]
+        own = Sums(*(float(a[at]) for a in sums))
+        finished = len(ids) > 0 and int(ids[-1]) in end
+        return Answer(p.tokenizer.decode(ids).strip(), len(ids), finished, own)
+
+    b, n = length.shape
+    return [[one((i, j)) for j in range(n)] for i in range(b)]
 
 
 def scorer(
@@ -206,7 +223,7 @@ def scorer(
             length = np.array([[len(row)] for row in ids], np.int32)
             there = policy.place(p, {"tokens": tokens, "length": length})
             sums = sharding.fetch(read(params, rows, there["tokens"], there["length"]))
-            out += [_answer(p, tokens[i, 0], length[i, 0], sums, (i, 0)) for i in range(b)]
+            out += [first for (first,) in _answers(p, tokens, length, sums)]
         return out[: len(examples)]
 
     return call

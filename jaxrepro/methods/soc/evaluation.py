@@ -110,7 +110,10 @@ def reranked(
     """Accuracy of the hypothesis that each score of objective.SCORES puts first, without a length penalty."""
     out = {}
     for mode in SCORES:
-        best = [max(answers, key=lambda a: getattr(a.sums, mode)) for answers in found]
+        best = [
+            max((a for a in answers if a.length), key=lambda a: getattr(a.sums, mode))
+            for answers in found
+        ]
         right = [task.right(asked, e, a.text) for e, a in zip(examples, best)]
         out[f"{key}/rerank_{mode}"] = sum(right) / len(right)
     return out
