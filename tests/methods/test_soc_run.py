@@ -278,6 +278,19 @@ def test_a_resumed_run_has_the_same_bits(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(2, 2, 1, 2), (1, 8, 1, 1)])
+def test_a_run_on_a_mesh_is_that_of_one_device(finished, tmp_path, mesh):
+    folder, results = finished
+    found = run.run(tiny.config(mesh=mesh, decode__votes=3), tmp_path)
+    losses = lambda at: [
+        json.loads(line)["loss"] for line in (at / "metrics.jsonl").read_text().splitlines()
+    ]
+    # float32: devices add in another order, over four updates
+    np.testing.assert_allclose(losses(tmp_path), losses(folder), rtol=1e-4, atol=1e-5)
+    assert found == pytest.approx(results, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
 def test_other_decoders_on_a_finished_run_train_nothing(finished, tmp_path, monkeypatch):
     folder, results = finished
     shutil.copytree(folder, tmp_path / "w")
@@ -372,7 +385,8 @@ def test_controls_train_too(variant, tmp_path):
         ({"data__generator": "chains"}, r"data\.generator='chains' is not one of"),
         ({"data__generator": "gsm_symbolic"}, r"model\.path is needed"),
         ({"data__format": "odd"}, r"data\.format='odd'"),
-        ({"model__path": "smollm2"}, "generated sums, which only a tiny shape learns"),
+        ({"model__path": "smollm2"}, "sums are learnt from scratch"),
+        ({"model__shape": "smollm2"}, "sums are learnt by tiny_2 or tiny"),
         ({"eval__shots": (4,)}, "sums are asked without examples"),
         ({"eval__shots": ()}, r"eval\.shots=\(\)"),
         ({"sft__micro_batches": 3}, "does not divide"),

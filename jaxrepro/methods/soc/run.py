@@ -103,10 +103,17 @@ def check(config: Any) -> None:
     if data.format not in task.FORMATS:
         raise UserError(f"data.format={data.format!r} is not one of {', '.join(task.FORMATS)}")
     adds = not data.path and data.generator == task.ADDITION
-    if bool(config.model.path) == adds or (adds and not config.model.shape.startswith("tiny")):
+    if adds and config.model.path:
         raise UserError(
-            "model.path is needed (a folder, a .gguf file, a hub name, smollm2), but for generated "
-            "sums, which only a tiny shape learns, from scratch"
+            f"model.path={config.model.path}: sums are learnt from scratch, in a vocabulary of their own; "
+            "set data.generator=gsm_symbolic or data.path, or no model.path"
+        )
+    if adds and not config.model.shape.startswith("tiny"):
+        raise UserError(f"model.shape={config.model.shape!r}: sums are learnt by tiny_2 or tiny")
+    if not adds and not config.model.path:
+        raise UserError(
+            "model.path is needed (a folder, a .gguf file, a hub name, smollm2): only sums are learnt "
+            "from scratch"
         )
     if adds and any(config.eval.shots):
         raise UserError(f"eval.shots={config.eval.shots}: sums are asked without examples; use 0")
