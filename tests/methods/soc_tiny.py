@@ -22,7 +22,7 @@ SETTINGS = {
     "decode.beams": (1, 3),
     "decode.width": 3,
     "decode.penalties": (),
-    "decode.temperatures": (0.7,),
+    "decode.temperatures": (),
     "checkpoint.every": 2,
     "log.tensorboard": False,
     "log.curves": False,
