@@ -134,8 +134,7 @@ def test_needs_are_what_the_formula_reads(variant):
         np.testing.assert_array_equal(got, all_of_them)
 
 
-@pytest.mark.parametrize("variant", ["soc", "centred", "smoothing", "entropy"])
-@pytest.mark.parametrize("chunk", [3, 99])
+@pytest.mark.parametrize(("variant", "chunk"), [("soc", 3), ("entropy", 99), ("smoothing", 3)])
 def test_the_chunked_custom_vjp_gives_autodiff_of_whole_logits(variant, chunk):
     keys = jax.random.split(jax.random.key(chunk), 3)
     hidden, head = jax.random.normal(keys[0], (2, 4, 8)), jax.random.normal(keys[1], (8, 13))
@@ -151,7 +150,9 @@ def test_the_chunked_custom_vjp_gives_autodiff_of_whole_logits(variant, chunk):
         found = objective.stats(hidden @ head + dead, targets)
         return objective.per_token(found, lam=0.2, variant=variant).sum()
 
-    ours, theirs = (jax.value_and_grad(f, argnums=(0, 1))(hidden, head) for f in (chunked, whole))
+    ours, theirs = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hidden, head) for f in (chunked, whole)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
     assert not np.any(ours[1][1][:, 11:]), "a padded column is trained"
 

@@ -80,12 +80,12 @@ def test_lam_0_is_plain_sft_to_the_bit(setting):
     s, params = setting
     rule = policy.optimizer(s.config.sft, steps=4)
     plain = partial(sft.loss, cfg=s.policy.cfg, responses=s.config.data.max_completion)
-    ends = []
+    ends, batch = [], rows(s)
     for loss in (plain, loss_of(s, lam=0.0, variant="entropy")):
         step = jax.jit(make_step(loss, rule, max_grad_norm=1.0))
         state = init_state(params, rule)
         for _ in range(3):
-            state, metrics = step(state, rows(s))
+            state, metrics = step(state, batch)
         ends.append(state.params)
         assert metrics["loss"] > 0
     jax.tree.map(np.testing.assert_array_equal, *ends)

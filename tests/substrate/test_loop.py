@@ -129,7 +129,15 @@ def test_a_workdir_of_another_config_names_the_keys(whole):
     with pytest.raises(UserError, match="another config"):
         Run(config(lr=0.1), whole[0], resume="never").__enter__()
     assert (whole[0] / "summary.json").exists()
-    free = ["steps", "rl.steps", "checkpoint.every", "eval.n", "decode.beams", "model.path", "mesh.data"]
+    free = [
+        "steps",
+        "rl.steps",
+        "checkpoint.every",
+        "eval.n",
+        "decode.beams",
+        "model.path",
+        "mesh.data",
+    ]
     assert all(map(may_differ, free))
     assert not any(map(may_differ, ["lr", "rl.lr", "seed", "init_from", "every_token", "meshes"]))
 
