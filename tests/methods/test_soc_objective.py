@@ -197,13 +197,6 @@ def test_sums_and_weights_count_what_the_mask_keeps(normalise, total, weight):
     assert (sum(p[0] for p in parts), sum(p[1] for p in parts)) == (total, weight)
 
 
-def test_corruption_touches_chosen_response_tokens_alone():
-    tokens, noise = jnp.arange(12).reshape(3, 4), jnp.full((3, 4), 99)
-    chosen = jnp.asarray(np.tril(np.ones((3, 4), bool)))
-    got = objective.corrupted(tokens, jnp.asarray(MASK), noise, chosen)
-    np.testing.assert_array_equal(got, np.where(MASK & np.tril(np.ones((3, 4), bool)), 99, tokens))
-
-
 def test_scores_are_sums_over_the_response():
     found = objective.stats(jnp.asarray(Z)[None], jnp.asarray(Y)[None])
     mask = jnp.asarray([[True, False, True]])

@@ -169,17 +169,6 @@ def aggregate(
     return rows.sum(), (count > 0).sum().astype(jnp.float32)
 
 
-def corrupted(
-    tokens: Int[Array, "b t"],
-    response: Bool[Array, "b t"],
-    noise: Int[Array, "b t"],
-    chosen: Bool[Array, "b t"],
-) -> Int[Array, "b t"]:
-    """Rows whose chosen response tokens are replaced by noise. States before the first one stay as they
-    are: there V - V' is 0, so gold and corrupted states may share one mask."""
-    return jnp.where(response & chosen, noise, tokens)
-
-
 def score(s: Stats, mask: Bool[Array, "*b t"], mode: str = "logprob") -> Float[Array, "*b"]:
     """Score of a response, summed over its tokens, without a length penalty.
 

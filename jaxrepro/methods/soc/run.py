@@ -236,7 +236,10 @@ def supervised(tokens: Any, ids: Any) -> None:
 
 
 def corrupt(s: Setting, tokens: Any, i: int) -> np.ndarray:
-    """The rows of step i with a share `soc.corrupt` of their response tokens drawn at random."""
+    """The rows of step i with a share `soc.corrupt` of their response tokens drawn at random.
+
+    States before the first such token stay as they are: there V - V' is 0, so that one mask serves both.
+    """
     rng = np.random.default_rng([s.config.seed, i])
     shape = tokens.tokens.shape
     noise = rng.integers(0, s.vocab, shape, dtype=np.int32)
