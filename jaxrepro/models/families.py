@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxrepro.config import UserError
+from jaxrepro.models import values
 from jaxrepro.models.rope import RopeScaling
 from jaxrepro.models.transformer import TransformerConfig
 
@@ -27,22 +28,23 @@ ARCHITECTURES = {
 VISION = "qwen2_vl"  # models/qwen2_vl.py; its decoder is read here
 KNOWN = (*ARCHITECTURES, VISION)
 SLIDING, FULL = "sliding_attention", "full_attention"
-# What a file's numbers may be, so that no product of two leaves float32, and no size an index of XLA.
-TINY, LARGE, LONGEST = 1e-30, 1e30, 2**31 - 1
+# Where a file does not say them.
+THETA = {VISION: 1e6}
+SECTIONS = {VISION: (16, 24, 24)}
 
 
 def family(config: Mapping[str, Any]) -> str:
     """The model_type of a config.json, of KNOWN; UserError for any other."""
     name = config.get("model_type")
     if name is None:  # very old files
-        found = [str(a) for a in _list(config, "architectures") or ()]
+        found = [str(a) for a in values.listing(config, "architectures") or ()]
         name = next(
             (k for k, v in ARCHITECTURES.items() if v in found), found[0] if found else None
         )
     name = VISION if name == f"{VISION}_text" else name
     if name not in KNOWN:
         raise UserError(
-            f"config.json: architecture {name!r} is unknown; the known ones are {', '.join(KNOWN)}"
+            f"config.json: architecture {name!r:.60} is unknown; the known ones are {', '.join(KNOWN)}"
         )
     return name
 
@@ -50,116 +52,101 @@ def family(config: Mapping[str, Any]) -> str:
 def fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `TransformerConfig` from a config.json; UserError for what the decoder cannot run."""
     kind = family(config)
-    text = {**config, **_mapping(config, "text_config")}
+    text = text_of(config)
     if config.get("quantization_config"):
         raise UserError(
             "config.json has a quantization_config: quantised weights are not read; take the model in "
             "bfloat16, float16 or float32, or a GGUF file"
         )
-    rope = _mapping(text, "rope_parameters") or _mapping(text, "rope_scaling")
-    scaling = rope.get("rope_type") or rope.get("type") or "default"
-    _refuse(text, rope, scaling)
-    heads = _size(text, "num_attention_heads")
-    d, layers = _size(text, "hidden_size"), _size(text, "num_hidden_layers")
-    bias = kind in ("llama", "qwen3") and bool(text.get("attention_bias", False))
+    if text.get("hidden_act", "silu") != "silu":
+        raise UserError(f"hidden_act {text['hidden_act']!r:.60} is not supported: silu")
+    if values.flag(text, "mlp_bias"):
+        raise UserError("mlp_bias is true: biases of the feed-forward layer are not supported")
+    heads = values.size(text, "num_attention_heads")
+    d = values.size(text, "hidden_size")
+    layers = values.size(text, "num_hidden_layers", most=values.DEEPEST)
+    bias = kind in ("llama", "qwen3") and values.flag(text, "attention_bias")
     head_dim = 128 if kind == "qwen3" else d // heads  # where the file does not say it
     window, window_layers = _window(kind, text, layers)
     return {
-        "vocab": _size(text, "vocab_size"),
+        "vocab": values.size(text, "vocab_size"),
         "d": d,
         "layers": layers,
         "heads": heads,
-        "kv": _size(text, "num_key_value_heads", heads),
-        "head_dim": _size(text, "head_dim", head_dim),
-        "ffn": _size(text, "intermediate_size"),
-        "rope_theta": _number(rope, "rope_theta", _number(text, "rope_theta", 1e4, 1), 1),
-        "rope_scaling": _scaling(scaling, rope, text),
-        "mrope_sections": _sections(rope),
-        "eps": _number(text, "rms_norm_eps"),
+        "kv": values.size(text, "num_key_value_heads", heads),
+        "head_dim": values.size(text, "head_dim", head_dim),
+        "ffn": values.size(text, "intermediate_size"),
+        **_rope(kind, text),
+        "eps": values.number(text, "rms_norm_eps"),
         "qkv_bias": bias or kind in ("qwen2", VISION),
         "o_bias": bias,
         "qk_norm": kind == "qwen3",
         "window": window,
         "window_layers": window_layers,
-        "tied": bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        "max_positions": _size(text, "max_position_embeddings", 32768),
+        # of a model with a text_config, transformers 5 writes the flag at the root, 4 in either place
+        "tied": any([values.flag(part, "tie_word_embeddings") for part in (config, text)]),
+        "max_positions": values.size(text, "max_position_embeddings", 32768),
         "family": None if kind == VISION else kind,
     }
 
 
-def _refuse(text, rope, scaling):
+def text_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's own fields: those of the text_config where there is one, else of the root."""
+    return {**config, **values.mapping(config, "text_config")}
+
+
+def _rope(kind, text):
+    """The fields that say how positions turn; UserError where the two spellings do not agree."""
+    names = ("rope_scaling", "rope_parameters")
+    said = {name: rope for name in names if (rope := values.mapping(text, name))}
+    found = {name: _turning(kind, rope, text) for name, rope in said.items()}
+    if len(found) == 2 and found["rope_scaling"] != found["rope_parameters"]:
+        raise UserError(
+            "config.json: rope_scaling and rope_parameters do not say the same; transformers takes "
+            "rope_scaling: remove the one that the model was not trained with"
+        )
+    return next(iter(found.values()), None) or _turning(kind, {}, text)
+
+
+def _turning(kind, rope, text):
+    """rope_theta, rope_scaling and mrope_sections of one rope object of a file."""
+    if nested := [name for name, value in rope.items() if isinstance(value, Mapping)]:
+        raise UserError(
+            f"config.json: rope of its own for {values.shown(nested[0])} is not supported: one for all"
+        )
+    scaling = rope.get("rope_type") or rope.get("type") or "default"
     if scaling not in ("default", "mrope", "linear", "llama3"):
-        raise UserError(f"rope type {scaling!r} is not supported: default, linear, llama3 or mrope")
-    if text.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act {text['hidden_act']!r} is not supported: silu")
-    if text.get("mlp_bias"):
-        raise UserError("mlp_bias is true: biases of the feed-forward layer are not supported")
-    partial = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
-    if partial not in (None, 1, 1.0):
-        raise UserError(f"partial_rotary_factor {partial} is not supported: 1")
-
-
-def _get(text, name, default):
-    """A value of the file, else the default; where that is None, the file must have one."""
-    value = default if text.get(name) is None else text[name]
-    if value is None:
-        raise UserError(f"config.json lacks {name!r}")
-    return value
-
-
-def _size(text, name, default=None, least=1):
-    """An int of the file."""
-    value = _get(text, name, default)
-    if type(value) is not int or not least <= value <= LONGEST:
-        raise _wrong(name, value, f"an integer from {least} to {LONGEST}")
-    return value
-
-
-def _number(text, name, default=None, least=TINY):
-    """A float of the file."""
-    value = _get(text, name, default)
-    if type(value) not in (int, float) or not least <= value <= LARGE:
-        raise _wrong(name, value, f"a number from {least:g} to {LARGE:g}")
-    return float(value)
-
-
-def _mapping(text, name):
-    """An object of the file; {} where it has none."""
-    value = text.get(name)
-    if value is not None and not isinstance(value, Mapping):
-        raise _wrong(name, value, "an object or null")
-    return value or {}
-
-
-def _list(text, name):
-    """A list of the file; None where it has none."""
-    value = text.get(name)
-    if value is not None and not isinstance(value, list | tuple):
-        raise _wrong(name, value, "a list or null")
-    return value
-
-
-def _wrong(name, value, wanted):
-    return UserError(f"config.json: {name} is {value!r:.60}; it must be {wanted}")
+        raise UserError(
+            f"rope type {scaling!r:.60} is not supported: default, linear, llama3 or mrope"
+        )
+    part = "partial_rotary_factor"
+    if (share := values.number(rope, part, values.number(text, part, 1.0))) != 1:
+        raise UserError(f"{part} {share} is not supported: 1")
+    theta = values.number(text, "rope_theta", THETA.get(kind, 1e4), least=1)
+    return {
+        "rope_theta": values.number(rope, "rope_theta", theta, least=1),
+        "rope_scaling": _scaling(scaling, rope, text),
+        "mrope_sections": _sections(rope) or SECTIONS.get(kind),
+    }
 
 
 def _scaling(kind, rope, text):
     """How the file stretches frequencies, or None."""
     if kind in ("default", "mrope"):
         return None
-    factor, name = _number(rope, "factor", least=1), "original_max_position_embeddings"
+    factor, name = values.number(rope, "factor", least=1), "original_max_position_embeddings"
     if kind == "linear":
         return RopeScaling(kind, factor)
-    low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
-    original = _size(rope, name, _size(text, name, text.get("max_position_embeddings")))
+    low, high = (values.number(rope, f"{end}_freq_factor") for end in ("low", "high"))
+    original = values.size(rope, name, values.size(text, name, text.get("max_position_embeddings")))
     return RopeScaling(kind, factor, low, high, original)
 
 
 def _sections(rope):
     """The file's mrope_section, or None."""
-    sections = _list(rope, "mrope_section")
+    sections = values.listing(rope, "mrope_section")
     if sections and not all(type(n) is int and n > 0 for n in sections):
-        raise _wrong("mrope_section", sections, "a list of integers of at least 1")
+        raise values.wrong("mrope_section", sections, "a list of integers of at least 1")
     return tuple(sections) if sections else None
 
 
@@ -170,9 +157,9 @@ def _window(kind, text, layers):
     # a file that leaves the key out means the default of the family's own class
     size = text.get("sliding_window", 4096)
     if kind == "mistral":
-        return (None, None) if size is None else (_size(text, "sliding_window", 4096), None)
-    kinds = _list(text, "layer_types")
-    if not text.get("use_sliding_window", False) or size is None:
+        return (None, None) if size is None else (values.size(text, "sliding_window", 4096), None)
+    kinds = values.listing(text, "layer_types")
+    if not values.flag(text, "use_sliding_window") or size is None:
         if SLIDING in (kinds or ()):
             raise UserError(
                 f"config.json: layer_types name {SLIDING}, but there is no window; set sliding_window "
@@ -180,7 +167,7 @@ def _window(kind, text, layers):
             )
         return None, None
     if kinds is None:
-        first = _size(text, "max_window_layers", 28, least=0)
+        first = values.size(text, "max_window_layers", 28, least=0)
         kinds = [SLIDING if j >= first else FULL for j in range(layers)]
     names = sorted(set(map(str, kinds)))  # of what may be anything
     if len(kinds) != layers or not {SLIDING, FULL}.issuperset(names):
@@ -191,7 +178,7 @@ def _window(kind, text, layers):
     chosen = tuple(j for j, k in enumerate(kinds) if k == SLIDING)
     if not chosen:
         return None, None
-    return _size(text, "sliding_window", 4096), None if len(chosen) == layers else chosen
+    return values.size(text, "sliding_window", 4096), None if len(chosen) == layers else chosen
 
 
 def objection(cfg: TransformerConfig, kind: str) -> str | None:

@@ -26,9 +26,9 @@ import numpy as np
 
 from jaxrepro.config import UserError
 from jaxrepro.models import names, transformer
-from jaxrepro.models.families import LARGE, LONGEST, TINY
 from jaxrepro.models.tensors import listed
 from jaxrepro.models.transformer import TransformerConfig
+from jaxrepro.models.values import LARGE, LONGEST, TINY, shown
 
 SUFFIX = ".gguf"
 VERSIONS = (2, 3)
@@ -204,8 +204,8 @@ def read_config(source: str | os.PathLike[str] | File, **overrides: Any) -> Tran
     def number(key: str, default: Any = None, *, least: int | float = TINY) -> int | float:
         return get(key, default, (int, float), least, LARGE)
 
-    def size(key: str, default: Any = None) -> int:
-        return get(key, default, (int,), 1, LONGEST)
+    def size(key: str, default: Any = None, *, least: int = 1) -> int:
+        return get(key, default, (int,), least, LONGEST)
 
     def get(key: str, default: Any, types: tuple, least: int | float, most: int | float) -> Any:
         value = known.get(f"{kind}.{key}", default)
@@ -213,17 +213,22 @@ def read_config(source: str | os.PathLike[str] | File, **overrides: Any) -> Tran
             raise UserError(f"{file.path} has no {kind}.{key}: it is not a whole model")
         if type(value) not in types or not least <= value <= most:
             raise UserError(
-                f"{file.path}: {kind}.{key} is {_shown(repr(value))}; it must be one "
+                f"{file.path}: {kind}.{key} is {shown(repr(value))}; it must be one "
                 f"{types[-1].__name__} from {least} to {most}, the same for all layers"
             )
         return value
 
     scaling = str(known.get(f"{kind}.rope.scaling.type", "none"))
     if scaling != "none" or SCALED in file.tensors:
-        what = _shown(scaling) if scaling != "none" else SCALED
+        what = shown(scaling) if scaling != "none" else SCALED
         raise UserError(
             f"{file.path}: scaled RoPE ({what}) is not read from GGUF; take the safetensors"
         )
+    for key in ("rope.scale_linear", "rope.scaling.factor"):
+        if number(key, 1, least=0) not in (0, 1):  # 0 is 1
+            raise UserError(
+                f"{file.path}: {kind}.{key} stretches RoPE, which is not read from GGUF"
+            )
     if str(known.get(f"{kind}.expert_count", 0)) != "0":
         raise UserError(f"{file.path}: a mixture of experts is not supported")
     for name in ("token_embd.weight", "blk.0.attn_q.weight"):
@@ -240,18 +245,31 @@ def read_config(source: str | os.PathLike[str] | File, **overrides: Any) -> Tran
             f"{file.path}: {kind}.block_count is {layers}, but there are {len(file.tensors)} tensors: "
             "it is not a whole model"
         )
+    head_dim = size("attention.key_length", d // heads)
+    if (turned := size("rope.dimension_count", head_dim)) != head_dim:
+        raise UserError(
+            f"{file.path}: {kind}.rope.dimension_count is {turned}; RoPE of a part of the head's "
+            f"{head_dim} channels is not supported"
+        )
+    window = size("attention.sliding_window", 0, least=0)
+    if window and kind != "llama":
+        raise UserError(
+            f"{file.path}: {kind}.attention.sliding_window is {window}, but which layers have it is not "
+            "in the file; take the safetensors"
+        )
     fields = {
         "vocab": table[0],
         "d": d,
         "layers": layers,
         "heads": heads,
         "kv": size("attention.head_count_kv", heads),
-        "head_dim": size("attention.key_length", d // heads),
+        "head_dim": head_dim,
         "ffn": size("feed_forward_length"),
         "rope_theta": float(number("rope.freq_base", 1e4, least=1)),
         "eps": float(np.float32(number("attention.layer_norm_rms_epsilon")).astype(str)),
         "qkv_bias": "blk.0.attn_q.bias" in file.tensors,
         "qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
+        "window": window or None,  # a Mistral's, in all layers
         "tied": "output.weight" not in file.tensors,
         "max_positions": size("context_length", 32768),
     }
@@ -278,7 +296,7 @@ def load(
     shape_of = {path: _file_shape(path, cfg) for path in leaves}
     wanted = {name: shape_of[path] for path in leaves for name in _names(path, cfg)}
     problems = listed("missing", [n for n in wanted if n not in file.tensors])
-    problems += listed("unexpected", [_shown(n) for n in file.tensors if n not in wanted])
+    problems += listed("unexpected", [shown(n) for n in file.tensors if n not in wanted])
     problems += listed(
         "wrong shape",
         [
@@ -406,8 +424,3 @@ def _turn(
     if last in ("gate", "up", "down", "head"):
         return np.transpose
     return lambda w: w
-
-
-def _shown(name: str) -> str:
-    """A name from a file on one line."""
-    return name[:64] if name.isprintable() else repr(name[:64])

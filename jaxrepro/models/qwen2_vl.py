@@ -13,7 +13,7 @@ Departure: images only. The clock of video frames, and windows of attention, are
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrepro.config import UserError
-from jaxrepro.models import transformer, vision_tower
+from jaxrepro.models import families, transformer, values, vision_tower
 from jaxrepro.models.transformer import TransformerConfig
 from jaxrepro.models.vision_tower import Vision, VisionConfig
 
@@ -193,56 +193,53 @@ def _preset(sizes: dict[str, Any], overrides: dict[str, Any]) -> Qwen2VLConfig:
 
 
 def _from_hf(config: dict[str, Any], overrides: dict[str, Any]) -> Qwen2VLConfig:
-    if config.get("model_type") != "qwen2_vl":
-        raise UserError(f"model_type is {config.get('model_type')!r}; this reader knows 'qwen2_vl'")
-    text = {**config, **(config.get("text_config") or {})}
-    vision = config.get("vision_config") or {}
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if text.get("use_sliding_window"):
+    if config.get("model_type") != families.VISION:
+        found = config.get("model_type")
+        raise UserError(f"model_type is {found!r:.60}; this reader knows {families.VISION!r}")
+    text, vision = families.text_of(config), values.mapping(config, "vision_config")
+    if values.flag(text, "use_sliding_window"):
         raise UserError("config.json: use_sliding_window is true; only full attention is supported")
-    if vision.get("hidden_act", "quick_gelu") != "quick_gelu":
-        raise UserError(f"vision hidden_act {vision['hidden_act']!r} is not supported: quick_gelu")
-    fields = {
-        "rope_theta": float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
-        "mrope_sections": tuple(rope.get("mrope_section") or (16, 24, 24)),
-        # transformers 5 writes the flag at the root, version 4 in either place.
-        "tied": any(bool(c.get("tie_word_embeddings")) for c in (config, text)),
-    }
-    decoder = TransformerConfig.from_hf(config, **(fields | overrides))
-    eos = text.get("eos_token_id") or 151645
-    eos = int(eos[0] if isinstance(eos, (list, tuple)) else eos)
-    pad = text.get("pad_token_id")
-    pad = text.get("bos_token_id") if pad is None else pad
-    width = vision.get("embed_dim", 1280)
+    if (act := vision.get("hidden_act", "quick_gelu")) != "quick_gelu":
+        raise UserError(f"vision hidden_act {act!r:.60} is not supported: quick_gelu")
+    decoder = TransformerConfig.from_hf(config, **overrides)
+    width, ratio = values.size(vision, "embed_dim", 1280), values.number(vision, "mlp_ratio", 4)
+    mlp = int(width * ratio)
+    if not 1 <= mlp <= values.LONGEST:
+        limits = f"a number that makes 1 to {values.LONGEST} of embed_dim {width}"
+        raise values.wrong("mlp_ratio", ratio, limits)
+    eos = (values.tokens(text, "eos_token_id") or [151645])[0]
+    pad = values.size(text, "bos_token_id", eos, least=0)
     return Qwen2VLConfig(
         text=decoder,
         vision=VisionConfig(
-            depth=vision.get("depth", 32),
+            depth=values.size(vision, "depth", 32, most=values.DEEPEST),
             embed=width,
-            heads=vision.get("num_heads", 16),
-            mlp=int(width * vision.get("mlp_ratio", 4)),
-            out=vision.get("hidden_size", decoder.d),
-            patch=_one(vision.get("patch_size", 14)),
-            temporal=_one(vision.get("temporal_patch_size", 2)),
-            merge=vision.get("spatial_merge_size", 2),
-            channels=vision.get("in_channels", vision.get("in_chans", 3)),
+            heads=values.size(vision, "num_heads", 16),
+            mlp=mlp,
+            out=values.size(vision, "hidden_size", decoder.d),
+            patch=_square(vision, "patch_size", 14),
+            temporal=_square(vision, "temporal_patch_size", 2),
+            merge=values.size(vision, "spatial_merge_size", 2),
+            channels=values.size(vision, "in_channels", values.size(vision, "in_chans", 3)),
             **overrides,
         ),
-        image_pad=config.get("image_token_id", 151655),
-        video_pad=config.get("video_token_id", 151656),
-        vision_start=config.get("vision_start_token_id", 151652),
-        vision_end=config.get("vision_end_token_id", 151653),
+        image_pad=values.size(config, "image_token_id", 151655, least=0),
+        video_pad=values.size(config, "video_token_id", 151656, least=0),
+        vision_start=values.size(config, "vision_start_token_id", 151652, least=0),
+        vision_end=values.size(config, "vision_end_token_id", 151653, least=0),
         eos=eos,
-        pad=eos if pad is None else int(pad),
+        pad=values.size(text, "pad_token_id", pad, least=0),
     )
 
 
-def _one(size: Any) -> int:
-    """A square patch may be spelled as one number or as a list of equal ones."""
-    sizes = set(size) if isinstance(size, (list, tuple)) else {size}
-    if len(sizes) != 1:
-        raise UserError(f"config.json: patch size {size!r} must be square")
-    return int(sizes.pop())
+def _square(vision: Mapping[str, Any], name: str, default: int) -> int:
+    """A size that may be spelled as one number or as a list of equal ones."""
+    if not isinstance(vision.get(name), list | tuple):
+        return values.size(vision, name, default)
+    sizes = [values.size({name: one}, name, 0) for one in vision[name]]
+    if len(set(sizes)) != 1:
+        raise values.wrong(name, sizes, "an integer, or a list of equal ones")
+    return sizes[0]
 
 
 def to_hf(cfg: Qwen2VLConfig, dtype: str = "float32") -> dict[str, Any]:

@@ -30,6 +30,7 @@ from jaxrepro.ops.dense import dense
 # The tower is a small part of the model: it splits over fsdp and is whole on every tensor rank, so that
 # its heads need not divide by what the decoder's heads divide by. "norm" is the name of an unsplit axis.
 WHOLE = "norm"
+SIZES = ("depth", "embed", "heads", "mlp", "out", "patch", "temporal", "merge", "channels")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class VisionConfig:
     remat: str = "none"
 
     def __post_init__(self):
+        for name in SIZES:
+            if not getattr(self, name) >= 1:
+                raise UserError(
+                    f"vision {name} is {getattr(self, name)!r:.60}; it must be at least 1"
+                )
         if self.embed % self.heads or (self.embed // self.heads) % 4:
             raise UserError(
                 f"vision embed {self.embed} over {self.heads} heads must give a head size divisible by 4 "

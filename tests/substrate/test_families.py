@@ -175,6 +175,19 @@ def test_old_and_new_spelling_of_rope_are_one():
     assert read("llama", rope_scaling=None).rope_scaling is None
 
 
+def test_two_spellings_of_rope_in_one_file_must_agree():
+    stretch = LLAMA3 | {"rope_type": "llama3"}
+    both = dict(rope_scaling=stretch, rope_parameters=stretch | {"rope_theta": 5e5})
+    assert read("llama", **both) == read("llama", rope_scaling=stretch)
+    for new, theta in (
+        ({"rope_type": "default", "rope_theta": 5e5}, 5e5),
+        (stretch | {"factor": 4.0}, 5e5),
+        (both["rope_parameters"], 1e4),  # of the old spelling, the theta at the root
+    ):
+        with pytest.raises(UserError, match="rope_scaling and rope_parameters do not say the same"):
+            read("llama", **both | {"rope_parameters": new, "rope_theta": theta})
+
+
 def test_each_family_has_its_own_biases_norms_and_head_dim():
     for kind, bias, of_o, norm, dim in (
         ("llama", False, False, False, 16),
@@ -251,7 +264,18 @@ def test_config_json_goes_round(kind, bias, tied, window, layers, scaling):
             r"factor is 0; it must be a number from 1 to 1e\+30",
         ),
         ({"mlp_bias": True}, "mlp_bias"),
+        ({"mlp_bias": "false"}, "mlp_bias is 'false'; it must be true, false or null"),
+        ({"attention_bias": "false"}, "attention_bias is 'false'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings is 0"),
+        ({"model_type": "qwen2", "use_sliding_window": "no"}, "use_sliding_window is 'no'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": "\n"}, "partial_rotary_factor is"),
+        ({"num_hidden_layers": 2 * 10**9}, "an integer from 1 to 65536"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}},
+            "its own for full_attention",
+        ),
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"hidden_size": None}, "lacks 'hidden_size'"),

@@ -155,6 +155,11 @@ def test_models_that_cannot_run_are_refused(params, architecture, changes, messa
         ("rope.freq_base", float("nan"), "freq_base is nan; it must be one float from 1 to "),
         ("attention.layer_norm_rms_epsilon", float("inf"), "epsilon is inf"),
         ("rope.scaling.type", np.array([1, 2]), r"scaled RoPE \(\[1 2\]\)"),
+        ("rope.dimension_count", 8, "dimension_count is 8; RoPE of a part of the head's 16"),
+        ("rope.scale_linear", 4.0, "scale_linear stretches RoPE"),
+        ("rope.scaling.factor", 2.0, "scaling.factor stretches RoPE"),
+        ("rope.scale_linear", np.array([1.0]), "scale_linear is array"),
+        ("attention.sliding_window", -1, "sliding_window is -1"),
         ("expert_count", np.array([0, 8]), "mixture of experts"),
     ],
 )
@@ -164,6 +169,20 @@ def test_metadata_of_no_model_is_one_line(file, key, value, message):
     with pytest.raises(UserError, match=message) as error:
         gguf.read_config(found)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_header_says_of_rope_and_windows_is_taken(file, params, tmp_path):
+    found = gguf.open_file(file)
+    found.metadata["llama.rope.dimension_count"] = SHAPE["head_dim"]
+    found.metadata["llama.rope.scale_linear"] = 1.0
+    found.metadata["llama.attention.sliding_window"] = 0
+    assert gguf.read_config(found) == LLAMA
+    found.metadata["llama.attention.sliding_window"] = 8
+    assert gguf.read_config(found) == dataclasses.replace(LLAMA, window=8)
+    found = gguf.open_file(write(tmp_path / "a.gguf", params[QWEN2], QWEN2, "qwen2"))
+    found.metadata["qwen2.attention.sliding_window"] = 8
+    with pytest.raises(UserError, match="sliding_window is 8, but which layers have it"):
+        gguf.read_config(found)
 
 
 @given(cut=st.floats(0, 1))

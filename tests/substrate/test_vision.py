@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxrepro.config import UserError
 from jaxrepro.data.images import collate
@@ -20,6 +22,7 @@ VISION = VisionConfig(depth=2, embed=32, heads=4, mlp=64, out=32, patch=2)
 CFG = qwen2_vl.Qwen2VLConfig(
     TEXT, VISION, image_pad=IMAGE, video_pad=93, vision_start=START, vision_end=END, eos=1, pad=0
 )
+NAN = float("nan")
 SMALL, WIDE = (1, 4, 4), (1, 2, 6)
 
 
@@ -285,11 +288,89 @@ def test_presets_equal_the_published_config():
         ({"rope_scaling": {"type": "yarn"}}, "yarn"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"num_attention_heads": None}, "num_attention_heads"),
+        ({"vision_config": 3}, "vision_config is 3; it must be an object"),
+        ({"vision_config": {"num_heads": 0}}, "num_heads is 0; it must be an integer from 1"),
+        ({"vision_config": {"num_heads": "3"}}, "num_heads is '3'"),
+        ({"vision_config": {"num_heads": 3}}, "3 heads must give a head size divisible by 4"),
+        ({"vision_config": {"embed_dim": {}}}, "embed_dim is {}"),
+        ({"vision_config": {"mlp_ratio": 0}}, "mlp_ratio is 0; it must be a number"),
+        ({"vision_config": {"mlp_ratio": 1e-9}}, "mlp_ratio is 1e-09; .* of embed_dim"),
+        ({"vision_config": {"mlp_ratio": 1e9}}, "mlp_ratio is 1000000000.0; .* of embed_dim"),
+        ({"vision_config": {"mlp_ratio": NAN}}, "mlp_ratio is nan"),
+        ({"vision_config": {"patch_size": NAN}}, "patch_size is nan"),
+        ({"vision_config": {"patch_size": -1}}, "patch_size is -1"),
+        ({"vision_config": {"patch_size": [14, 16]}}, r"patch_size is \[14, 16\]; .* equal ones"),
+        ({"vision_config": {"patch_size": []}}, "patch_size is"),
+        ({"vision_config": {"patch_size": [[14]]}}, r"patch_size is \[14\]"),
+        ({"vision_config": {"temporal_patch_size": 1.5}}, "temporal_patch_size is 1.5"),
+        ({"vision_config": {"spatial_merge_size": True}}, "spatial_merge_size is True"),
+        ({"vision_config": {"in_channels": "3"}}, "in_channels is '3'"),
+        ({"vision_config": {"depth": "3"}}, "depth is '3'"),
+        ({"vision_config": {"depth": -1}}, "depth is -1"),
+        ({"vision_config": {"depth": 1.5}}, "depth is 1.5"),
+        ({"vision_config": {"depth": NAN}}, "depth is nan"),
+        ({"vision_config": {"depth": 2 * 10**9}}, "depth is 2000000000; .* to 65536"),
+        ({"vision_config": {"hidden_act": ["gelu"]}}, "vision hidden_act"),
+        ({"image_token_id": "3"}, "image_token_id is '3'"),
+        ({"image_token_id": 1.5}, "image_token_id is 1.5"),
+        ({"image_token_id": None}, "image_pad is 151655; ids must lie in"),
+        ({"pad_token_id": []}, r"pad_token_id is \[\]"),
+        ({"eos_token_id": ["a"]}, "eos_token_id is .*; it must be a token id"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+        ({"rope_theta": "1e6"}, "rope_theta is '1e6'"),
+        ({"text_config": 3}, "text_config is 3"),
     ],
 )
 def test_configs_that_cannot_run_are_refused(change, message):
-    config = qwen2_vl.to_hf(CFG) | change
-    if change.get("num_attention_heads", 0) is None:
-        del config["num_attention_heads"]
-    with pytest.raises(UserError, match=message):
+    config = qwen2_vl.to_hf(CFG)
+    tower = change.get("vision_config", {})
+    if isinstance(tower, dict):
+        change = change | {"vision_config": config["vision_config"] | tower}
+    config |= change
+    with pytest.raises(UserError, match=message) as error:
         qwen2_vl.Qwen2VLConfig.from_hf(config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["depth", "embed", "heads", "mlp", "out", "patch", "merge"])
+def test_a_tower_without_a_size_is_refused(name):
+    with pytest.raises(UserError, match=f"vision {name} is 0; it must be at least 1"):
+        dataclasses.replace(CFG.vision, **{name: 0})
+
+
+TOWER = (
+    "depth",
+    "embed_dim",
+    "num_heads",
+    "mlp_ratio",
+    "hidden_size",
+    "patch_size",
+    "temporal_patch_size",
+)
+TOWER += ("spatial_merge_size", "in_channels", "in_chans", "hidden_act")
+ROOT = ("image_token_id", "video_token_id", "vision_start_token_id", "eos_token_id", "pad_token_id")
+ROOT += (
+    "bos_token_id",
+    "rope_scaling",
+    "tie_word_embeddings",
+    "use_sliding_window",
+    "vision_config",
+)
+ODD = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+ODD |= st.lists(ODD, max_size=3) | st.dictionaries(st.sampled_from(TOWER), ODD, max_size=2)
+
+
+@given(
+    tower=st.dictionaries(st.sampled_from(TOWER), ODD, max_size=2),
+    root=st.dictionaries(st.sampled_from(ROOT), ODD, max_size=2),
+)
+@settings(deadline=None, max_examples=200)
+def test_any_json_in_a_config_is_a_config_or_one_line(tower, root):
+    config = qwen2_vl.to_hf(CFG)
+    config["vision_config"] |= tower
+    try:
+        cfg = qwen2_vl.Qwen2VLConfig.from_hf(config | root)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert qwen2_vl.count(cfg) > 0
