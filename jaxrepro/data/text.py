@@ -121,6 +121,11 @@ class Tokenizer:
             return found
         return self.id(self.named["pad_token"]) if "pad_token" in self.named else self.eos
 
+    @property
+    def ids(self) -> dict[str, int]:
+        """What a model's config says of them."""
+        return {"eos_token_id": self.eos, "pad_token_id": self.pad}
+
     @cached_property
     def bos(self) -> int | None:
         """The id that the tokenizer puts before a text of its own accord; None where it puts none.

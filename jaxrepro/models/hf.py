@@ -10,18 +10,19 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxrepro.config import UserError
 from jaxrepro.files import read_json, write_json, write_text
-from jaxrepro.models import families, qwen2_vl, tensors
+from jaxrepro.models import families, qwen2_vl, tensors, values
 from jaxrepro.models.names import EMBED, HEAD, assemble, canonical, leaves, pick, table
 from jaxrepro.models.qwen2_vl import Qwen2VLConfig
 from jaxrepro.models.tensors import DTYPES, INDEX, Entry, listed
 from jaxrepro.models.tensors import SINGLE as SINGLE
 from jaxrepro.models.transformer import TransformerConfig
+from jaxrepro.models.values import shown
 
 Config = Qwen2VLConfig | TransformerConfig
 GENERATION = "generation_config.json"
@@ -52,36 +53,48 @@ def read_config(folder: str | os.PathLike[str], **overrides: Any) -> Config:
     `overrides` (dtype, remat, ...) as in their `from_hf`. UserError names the architectures that are
     known where the file's is not one of them.
     """
-    config = read_json(Path(folder) / "config.json")
-    if not isinstance(config, dict):
-        raise UserError(f"{Path(folder) / 'config.json'} is damaged: it holds no JSON object")
+    config = _read_object(Path(folder) / "config.json")
     kind = Qwen2VLConfig if families.family(config) == families.VISION else TransformerConfig
     return kind.from_hf(config, **overrides)
 
 
-def token_ids(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def token_ids(folder: str | os.PathLike[str], vocab: int | None = None) -> dict[str, Any]:
     """bos_token_id, eos_token_id (a number or a list) and pad_token_id of a folder, where it says them.
 
-    generation_config.json wins over config.json; without either: {}.
+    generation_config.json wins over config.json; without either: {}. UserError for what is no id of a
+    vocabulary of `vocab` tokens.
     """
     found: dict[str, Any] = {}
-    for name in ("config.json", GENERATION):
-        if (Path(folder) / name).is_file():
-            said = read_json(Path(folder) / name)
-            found |= {key: said[key] for key in IDS if said.get(key) is not None}
+    for path in (Path(folder) / name for name in ("config.json", GENERATION)):
+        if path.is_file():
+            said = _read_object(path)
+            for key in IDS:
+                ids = values.tokens(said, key, vocab, file=str(path))
+                if len(ids) > 1 and key != "eos_token_id":
+                    raise UserError(f"{path}: {key} is a list of {len(ids)}; it must be one id")
+                if ids:
+                    found[key] = ids if key == "eos_token_id" and len(ids) > 1 else ids[0]
     return found
 
 
-def _ids_of(cfg: Config, tokenizer: Any) -> dict[str, Any]:
-    """The same of a tokenizer object that says them; {} where the config has its own."""
-    if isinstance(cfg, Qwen2VLConfig):
-        return {}
-    if hasattr(tokenizer, "ids"):
-        return tokenizer.ids
-    names = {"eos_token_id": "eos", "pad_token_id": "pad"}
-    return {
-        key: getattr(tokenizer, name) for key, name in names.items() if hasattr(tokenizer, name)
-    }
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return found
+
+
+@runtime_checkable
+class TokenizerLike(Protocol):
+    """A tokenizer that goes with written weights."""
+
+    @property
+    def ids(self) -> Mapping[str, Any]:
+        """bos_token_id, eos_token_id, pad_token_id, as far as it has them."""
+
+    def save(self, folder: Path) -> None:
+        """Write its files."""
 
 
 def load(
@@ -102,8 +115,14 @@ def load(
         if hub.endswith("rotary_emb.inv_freq"):  # a constant that old writers stored
             continue
         if hub in found:
-            raise UserError(f"{folder}: the tensor {hub} is stored twice")
+            raise UserError(f"{folder}: the tensor {shown(hub)} is stored twice")
         found[hub] = tensor
+    for what, depth in _depths(cfg):
+        if depth > len(found):  # also bounds the table
+            raise UserError(
+                f"{folder}: {what} is {depth}, but there are {len(found)} tensors: config.json and "
+                "weights are not of one model"
+            )
     lines = table(cfg)
     wanted = {name: line for line in lines for name in line.names}
     if HEAD in found and EMBED in found and HEAD not in wanted:
@@ -111,7 +130,7 @@ def load(
             raise UserError(f"{folder}: tied is True, but {HEAD} differs from the embedding")
         del found[HEAD]
     problems = listed("missing", [n for n in wanted if n not in found])
-    problems += listed("unexpected", [n for n in found if n not in wanted])
+    problems += listed("unexpected", [shown(n) for n in found if n not in wanted])
     problems += listed(
         "wrong shape",
         [
@@ -123,6 +142,13 @@ def load(
     if problems:
         raise UserError(f"{folder}: " + "; ".join(problems))
     return assemble(lines, lambda name: found[name].map(), dtype=dtype, shardings=shardings)
+
+
+def _depths(cfg: Config) -> list[tuple[str, int]]:
+    """Fields of a config.json that count layers."""
+    if isinstance(cfg, Qwen2VLConfig):
+        return [("num_hidden_layers", cfg.text.layers), ("depth of the tower", cfg.vision.depth)]
+    return [("num_hidden_layers", cfg.layers)]
 
 
 def _same(a: tensors.Stored, b: tensors.Stored, rows: int = 4096) -> bool:
@@ -144,14 +170,14 @@ def save(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     ids: Mapping[str, Any] | None = None,
-    tokenizer: Any = None,
+    tokenizer: str | os.PathLike[str] | TokenizerLike | None = None,
     files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a folder that transformers loads: weights, config.json, generation_config.json.
 
     dtype: None keeps that of the parameters. Layers may be stacked or listed. ids: bos_token_id,
-    eos_token_id, pad_token_id (default: those of cfg, or of a `tokenizer` folder). tokenizer: a folder
-    whose tokenizer files are copied, or an object with `save(folder)`. files: texts by name, such as
+    eos_token_id, pad_token_id (default: those of `tokenizer`; a Qwen2-VL's come from cfg unless that is a
+    folder). tokenizer: a folder whose tokenizer files are copied, or a `TokenizerLike`. files: texts by name, such as
     README.md. UserError if the folder has content, or if the tree is not that of `cfg`; then, and
     where writing fails, nothing is left.
     """
@@ -159,8 +185,10 @@ def save(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists: choose a new folder or remove it")
     copied = tokenizer_files(tokenizer)
-    if ids is None:
-        ids = token_ids(tokenizer) if copied is not None else _ids_of(cfg, tokenizer)
+    if ids is None and copied is not None:
+        ids = token_ids(tokenizer)
+    elif ids is None:
+        ids = {} if tokenizer is None or isinstance(cfg, Qwen2VLConfig) else tokenizer.ids
     entries = _entries(params, cfg, dtype)
     config, generation = _configs(cfg, entries[0].dtype.name, ids)
 

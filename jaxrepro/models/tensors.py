@@ -6,6 +6,7 @@ file; mapping it reads only what is touched, and the memory goes when the array 
 are refused: unpickling runs whatever code the file holds.
 """
 
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import numpy as np
 
 from jaxrepro.config import UserError
 from jaxrepro.files import read_json
+from jaxrepro.models.values import shown
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -39,12 +41,16 @@ class Stored(NamedTuple):
     dtype: np.dtype
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def map(self) -> np.ndarray:
         """The tensor, mapped and not read; lives as long as someone holds it."""
-        if math.prod(self.shape) == 0:
+        if not self.nbytes:
             return np.zeros(self.shape, self.dtype)
-        size = math.prod(self.shape) * self.dtype.itemsize
-        raw = np.memmap(self.path, np.uint8, "r", self.offset, (size,))
+        raw = np.memmap(self.path, np.uint8, "r", self.offset, (self.nbytes,))
         return raw.view(np.ndarray).view(self.dtype).reshape(self.shape)
 
 
@@ -89,9 +95,9 @@ def stored(folder: str | os.PathLike[str]) -> dict[str, Stored]:
     for file in files:
         for name, tensor in scan(folder / file):
             if name in out:
-                raise UserError(f"{folder}: the tensor {name} is stored twice")
+                raise UserError(f"{folder}: the tensor {shown(name)} is stored twice")
             out[name] = tensor
-    lost = sorted(set(index) - set(out))
+    lost = [shown(name) for name in sorted(set(index) - set(out))]
     if lost:
         raise UserError(f"{folder}: {listed('tensors of the index in no shard', lost)[0]}")
     return out
@@ -110,10 +116,12 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
             if Path(file).suffix in PICKLES:
                 raise _pickled(folder / file)
             if Path(file).name != file:
-                raise UserError(f"{folder}: the index names {file!r}, which is not in the folder")
-            if not (folder / file).is_file():
                 raise UserError(
-                    f"{folder}: the index names the shard {file!r}, which is not there; "
+                    f"{folder}: the index names {file!r:.80}, which is not in the folder"
+                )
+            if not os.path.isfile(folder / file):  # False too for a name that no file can have
+                raise UserError(
+                    f"{folder}: the index names the shard {file!r:.80}, which is not there; "
                     "download it, or the whole model again"
                 )
         return sorted(set(index.values())), index
@@ -154,6 +162,7 @@ def scan(path: Path) -> Iterator[tuple[str, Stored]]:
         found = [
             (name, _place(path, 8 + length, name, spec, size)) for name, spec in header.items()
         ]
+        _check_apart(found)
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -163,16 +172,25 @@ def scan(path: Path) -> Iterator[tuple[str, Stored]]:
 
 def _place(path: Path, base: int, name: str, spec: Any, size: int) -> Stored:
     """One entry of a header."""
+    name, kind = shown(name), spec["dtype"]
     start, stop = spec["data_offsets"]
     shape = tuple(spec["shape"])
-    if spec["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name} is of dtype {spec['dtype']}, not of {', '.join(DTYPES)}")
-    dtype = DTYPES[spec["dtype"]]
+    if kind not in DTYPES:
+        raise ValueError(f"tensor {name} is of dtype {kind!r:.60}, not of {', '.join(DTYPES)}")
+    dtype = DTYPES[kind]
     if not all(isinstance(n, int) and n >= 0 for n in (start, stop, *shape)):
         raise ValueError(f"tensor {name} has an impossible shape or place")
     if stop - start != math.prod(shape) * dtype.itemsize or base + stop > size:
         raise ValueError(f"tensor {name} does not fit the file: is the download complete?")
     return Stored(path, base + start, dtype, shape)
+
+
+def _check_apart(found: Sequence[tuple[str, Stored]]) -> None:
+    """ValueError where two tensors share bytes."""
+    places = sorted((t.offset, t.offset + t.nbytes, name) for name, t in found if t.nbytes)
+    for (_, end, one), (start, _, other) in itertools.pairwise(places):
+        if start < end:
+            raise ValueError(f"the tensors {shown(one)} and {shown(other)} overlap")
 
 
 # Writing ---------------------------------------------------------------------------------------------

@@ -102,6 +102,8 @@ def open_policy(config: Any, *, pieces: Sequence[str]) -> Policy:
         cfg = gguf.read_config(file, **numerics) if file else hf.read_config(source, **numerics)
         if not isinstance(cfg, TransformerConfig):
             raise UserError(f"model.path={config.model.path} is no plain decoder; see stepgrpo")
+        if file is None:
+            hf.token_ids(source, cfg.vocab)  # an export writes them
     else:
         source, tokenizer = None, closed_vocabulary(pieces)
         cfg = geometry(config, pieces)

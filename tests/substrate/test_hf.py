@@ -337,12 +337,63 @@ def test_tokenizer_ids_and_files_go_with_the_model(decoder, tmp_path):
     assert hf.token_ids(tmp_path / "given") == {"eos_token_id": 7}
 
     class Broken:
+        def __init__(self):
+            self.ids = {}
+
         def save(self, folder):
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
         hf.save(tmp_path / "broken", decoder, DECODER, tokenizer=Broken())
     assert {p.name for p in tmp_path.iterdir()} == {"base", "out", "given"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "generation_config.json",
+            [2],
+            "generation_config.json is damaged: it holds no JSON object",
+        ),
+        (
+            "generation_config.json",
+            {"eos_token_id": [2, 40]},
+            r"eos_token_id is \[2, 40\]; .* to 39",
+        ),
+        ("generation_config.json", {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+        ("generation_config.json", {"pad_token_id": [1, 2]}, "pad_token_id is a list of 2"),
+        ("config.json", {"eos_token_id": 1.5}, "eos_token_id is 1.5"),
+        (
+            "config.json",
+            {"bos_token_id": -1},
+            "bos_token_id is -1; it must be a token id from 0 to 39",
+        ),
+    ],
+)
+def test_ids_that_are_no_tokens_are_one_line(name, content, message, tmp_path):
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as error:
+        hf.token_ids(tmp_path, 40)
+    assert "\n" not in str(error.value)
+
+
+def test_more_layers_than_tensors_are_refused_before_a_table_is_made(decoder, folder, tmp_path):
+    hf.save(tmp_path / "out", decoder, DECODER)
+    for where, cfg, message in (
+        (
+            tmp_path / "out",
+            dataclasses.replace(DECODER, layers=2 * 10**9),
+            "num_hidden_layers is 2",
+        ),
+        (
+            folder,
+            dataclasses.replace(CFG, vision=dataclasses.replace(CFG.vision, depth=2 * 10**9)),
+            "depth of the tower is 2000000000, but there are",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            hf.load(where, cfg)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
@@ -369,6 +420,10 @@ def header(spec, length=None):
     return (len(text) if length is None else length).to_bytes(8, "little") + text
 
 
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+NONE = {"c": {"dtype": "F32", "shape": [0], "data_offsets": [6, 6]}}  # no bytes, so no overlap
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -383,6 +438,12 @@ def header(spec, length=None):
         (header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}), "impossible"),
         (header({"a": {"dtype": "F8_E4M3", "shape": [], "data_offsets": [0, 1]}}), "F8_E4M3"),
         (header({"a": {"shape": []}}), "not a readable"),
+        (
+            header({n: F32 | {"data_offsets": [p, p + 8]} for n, p in (("b", 4), ("a", 0))} | NONE)
+            + bytes(12),
+            "the tensors a and b overlap",
+        ),
+        (header({"a": F32 | {"dtype": "\x1b\n" * 999}}), r"of dtype '\\x1b\\n"),
     ],
 )
 def test_a_damaged_header_is_one_line(content, message, tmp_path):
@@ -390,6 +451,20 @@ def test_a_damaged_header_is_one_line(content, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         hf.load(tmp_path, DECODER)
     assert "\n" not in str(error.value)
+
+
+def test_names_of_foreign_tensors_are_shown_short_and_without_control(decoder, tmp_path):
+    hf.save(tmp_path / "out", decoder, DECODER)
+    odd = {"\x1b[31m\n": np.zeros(1, np.float32), "a" * 5000: np.zeros(1, np.float32)}
+    bad = edit(tmp_path / "out", tmp_path, lambda tensors: tensors.update(odd))
+    with pytest.raises(UserError, match="2 unexpected: ") as error:
+        hf.load(bad, DECODER)
+    text = str(error.value).removeprefix(str(bad))
+    assert text.isprintable() and r"\x1b[31m\n" in text and len(text) < 200
+    (bad / hf.INDEX).write_text(json.dumps({"weight_map": {"\x1b" * 999: "b" * 999}}))
+    with pytest.raises(UserError, match="names the shard 'bbb") as error:
+        hf.load(bad, DECODER)
+    assert len(str(error.value).removeprefix(str(bad))) < 200
 
 
 def test_a_header_above_the_limit_of_the_format_is_not_read(tmp_path, monkeypatch):

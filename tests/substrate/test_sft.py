@@ -274,6 +274,15 @@ def test_a_token_beyond_the_vocabulary_of_the_model_is_refused_before_training(b
         sft.prepare(settings(model__path=str(folder)))
 
 
+def test_ids_that_an_export_could_not_write_are_refused_before_training(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    (folder / "generation_config.json").write_text('["eos_token_id", 3]')
+    with pytest.raises(
+        UserError, match=r"generation_config\.json is damaged: it holds no JSON obj"
+    ):
+        sft.prepare(settings(model__path=str(folder)))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

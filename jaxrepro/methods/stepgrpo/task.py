@@ -152,6 +152,7 @@ def _from_files(config: Any) -> Task:
         raise UserError(
             f"model.path={config.model.path} is a decoder ({cfg.family}); give a Qwen2-VL"
         )
+    hf.token_ids(model, cfg.text.vocab)  # an export writes them
     if config.model.shape in RELEASED and cfg != geometry(config):
         raise UserError(
             f"model.path={config.model.path} is not of model.shape={config.model.shape}, whose learning "
