@@ -27,6 +27,8 @@ from jaxrepro.ops.sampling import draw, greedy, truncate
 FINISH_EOS = 1
 FINISH_LENGTH = 2
 FINISH_STOP = 3  # a stop sequence (rollout/engine.py)
+# Temperatures for which no logit of a model, divided, leaves float32.
+COLDEST, HOTTEST = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,10 @@ class Sampling:
     def __post_init__(self):
         if self.max_new < 1:
             raise UserError(f"max_new {self.max_new} must be at least 1")
-        if not self.temperature >= 0:
-            raise UserError(f"temperature {self.temperature} must be >= 0 (0 = greedy)")
+        if self.temperature != 0 and not COLDEST <= self.temperature <= HOTTEST:
+            raise UserError(
+                f"temperature {self.temperature} must be 0 (greedy) or lie in [{COLDEST}, {HOTTEST}]"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must lie in (0, 1] (1 = off)")
         if not 0 <= self.min_new <= self.max_new:

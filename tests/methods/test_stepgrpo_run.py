@@ -359,6 +359,12 @@ def test_a_tokenizer_of_another_model_and_too_short_limits_are_refused(files, tm
     path.write_text(json.dumps(read(folder / "model", "config.json") | {"image_token_id": 3}))
     with pytest.raises(UserError, match="image_pad is 5 in the tokenizer but 3 in the model"):
         run.prepare(on_files(folder))
+    ids = folder / "model" / "generation_config.json"
+    whole = ids.read_text()
+    ids.write_text("[3]")
+    with pytest.raises(UserError, match=r"generation_config\.json is damaged"):
+        run.prepare(on_files(folder))
+    ids.write_text(whole)
     with pytest.raises(UserError, match=r"data\.path needs data\.max_prompt"):
         run.prepare(config(data__path=str(folder / "data"), model__path=str(folder / "model")))
     with pytest.raises(UserError, match=r"is not of model\.shape=2b, whose learning rates"):
@@ -373,7 +379,7 @@ def test_a_tokenizer_of_another_model_and_too_short_limits_are_refused(files, tm
     [
         ({"arm": "stepgpro"}, "arm='stepgpro' is not one of stepgrpo, outcome"),
         ({"rl__samples": 1}, "rl.samples=1; a group needs at least 2"),
-        ({"rl__temperature": 0.0}, "rl.temperature=0.0; sampling needs a temperature above 0"),
+        ({"rl__temperature": 0.0}, "rl.temperature=0.0; sampling needs one from 1e-06 to 1"),
         ({"behaviour__temperature": 0.0}, "behaviour.temperature=0.0; sampling needs"),
         ({"behaviour__top_k": -1}, "behaviour.top_k=-1; use 0"),
         ({"behaviour__gate": "never"}, "gate is 'never'; choose one of answered, always"),

@@ -225,6 +225,9 @@ def test_settings_that_make_no_sense_are_refused():
     for fields, message in [
         ({"max_new": 0}, "max_new 0"),
         ({"temperature": -1.0}, "temperature -1.0"),
+        ({"temperature": 1e-30}, r"temperature 1e-30 must be 0 \(greedy\) or lie in"),
+        ({"temperature": float("inf")}, "temperature inf"),
+        ({"temperature": float("nan")}, "temperature nan"),
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"top_k": -1}, "top_k -1"),
         ({"min_new": NEW + 1}, rf"min_new {NEW + 1} must lie in 0\.\.{NEW} \(max_new\)"),

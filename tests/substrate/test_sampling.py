@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from jaxrepro.ops.sampling import draw, greedy, largest, nucleus_floor, penalise, truncate
+from jaxrepro.rollout.generate import COLDEST
 
 V = 9
 
@@ -85,6 +86,12 @@ def test_a_draw_depends_on_its_own_key_and_logits_only():
     one = jax.jit(draw)
     np.testing.assert_array_equal(one(keys, z)[::-1], one(keys[::-1], z[::-1]))
     np.testing.assert_array_equal(one(keys, z)[:2], one(keys[:2], z[:2]))
+
+
+def test_a_draw_at_the_coldest_temperature_is_greedy():
+    z = 1e4 * jax.random.normal(jax.random.key(0), (6, 20))
+    cold = draw(jax.random.split(jax.random.key(1), 6), z / COLDEST)
+    np.testing.assert_array_equal(cold, greedy(z))
 
 
 def test_min_p_keeps_what_is_near_the_most_probable():

@@ -34,6 +34,7 @@ from jaxrepro.methods.dpo.rows import Item, Shape, collate, shape_of
 from jaxrepro.methods.dpo.setting import Setting
 from jaxrepro.models import lora
 from jaxrepro.rewards import judge as judges
+from jaxrepro.rollout.generate import COLDEST, HOTTEST
 from jaxrepro.train import memory, policy, quiz, sft
 from jaxrepro.train.loop import Run
 
@@ -120,9 +121,10 @@ def check(config: Any) -> None:
             f"data.max_completion={config.data.max_completion} leaves no room for a prompt in "
             f"data.max_tokens={config.data.max_tokens}"
         )
-    if config.online.kind and not config.online.temperature > 0:
+    if config.online.kind and not COLDEST <= config.online.temperature <= HOTTEST:
         raise UserError(
-            f"online.temperature={config.online.temperature}; drawn pairs need one above 0"
+            f"online.temperature={config.online.temperature}; drawn pairs need one from {COLDEST} to "
+            f"{HOTTEST}"
         )
     generated = config.data.generator == "letters" and not config.data.path
     if not generated and not config.online.kind and not config.data.path:

@@ -43,7 +43,7 @@ from jaxrepro.methods.stepgrpo.programs import (
 from jaxrepro.methods.stepgrpo.task import geometry, lengths, patch_count, texts
 from jaxrepro.models import qwen2_vl
 from jaxrepro.rl.advantages import MODES, group_advantage, scored
-from jaxrepro.rollout.generate import FINISH_LENGTH
+from jaxrepro.rollout.generate import COLDEST, FINISH_LENGTH, HOTTEST
 from jaxrepro.train import checkpoint, memory, optim
 from jaxrepro.train.loop import Run
 from jaxrepro.train.state import init_state, state_shardings
@@ -172,9 +172,9 @@ def check(config: Any) -> None:
         raise UserError(
             f"steps={config.steps} and rl.batch={config.rl.batch}; steps >= 0 and batch >= 1"
         )
-    if not config.rl.temperature > 0:
+    if not COLDEST <= config.rl.temperature <= HOTTEST:
         raise UserError(
-            f"rl.temperature={config.rl.temperature}; sampling needs a temperature above 0"
+            f"rl.temperature={config.rl.temperature}; sampling needs one from {COLDEST} to {HOTTEST}"
         )
 
 
