@@ -222,7 +222,15 @@ def fit_mesh(config: ConfigDict) -> None:
 
     from jaxrepro import sharding
 
-    sizes = sharding.mesh_here(config.mesh, jax.device_count())
+    try:
+        sizes = sharding.mesh_here(config.mesh, jax.device_count())
+    except UserError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        found = config.get("mesh", "missing")
+        raise UserError(
+            f"the mesh of the workdir's config.json is {found!r:.60}: that file is damaged"
+        ) from error
     if isinstance(config.mesh, Sequence):
         config.mesh = sizes
     else:

@@ -4,8 +4,10 @@ Writes weights, config.json, generation_config.json, the tokenizer and a model c
 all. Adapters are merged. transformers loads the folder; the licence is left to you.
 """
 
+import contextlib
 import dataclasses
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,10 +53,22 @@ def check_out(out: str | None) -> None:
     if not out:
         raise UserError("--out=FOLDER is required: the folder to write")
     path = Path(out)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(
-            f"--out={out} exists and is not an empty folder; choose another, or remove it"
-        )
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(
+                f"--out={out} exists and is not an empty folder; choose another, or remove it"
+            )
+        made = [folder for folder in path.parents if not folder.exists()]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryDirectory(dir=path.parent).cleanup()
+        finally:  # what was made to see whether it can be
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--out={out} cannot be made ({reason}); choose another") from error
 
 
 def finished(workdir: str) -> dict[str, float]:

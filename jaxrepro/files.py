@@ -82,6 +82,8 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"there is no {path.name} in {path.parent}") from error
+    except OSError as error:  # a folder of that name, no permission
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged: it is not JSON ({error}); delete it, or use another folder"

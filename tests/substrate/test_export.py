@@ -25,6 +25,9 @@ METHOD += "    return parameters(), CFG, Words()\n"
 class Words:
     """What a method may give as its tokenizer."""
 
+    def __init__(self):
+        self.ids = {"eos_token_id": 3}
+
     def save(self, folder):
         (folder / "tokenizer.json").write_text("{}")
 
@@ -76,6 +79,7 @@ def test_a_finished_run_becomes_a_folder_that_loads(workdir, tmp_path, capsys):
     merged, plain = lora.merge(parameters(), CFG)  # no file of a model holds adapters
     cfg = hf.read_config(out)
     assert (cfg.lora, cfg.family, cfg.d) == (None, "qwen2", plain.d)
+    assert hf.token_ids(out) == Words().ids
     jax.tree.map(np.testing.assert_array_equal, hf.load(out, cfg), merged)
 
 
@@ -114,6 +118,11 @@ def test_bad_exports_are_one_line_and_leave_nothing(workdir, tmp_path, capsys, m
     assert "not a folder" in fails(capsys, f"--workdir={tmp_path / 'none'}", f"--out={out}")
     assert "not an empty folder" in fails(capsys, f"--workdir={workdir}", f"--out={workdir}")
     assert "int8" in fails(capsys, *there, "--dtype=int8")
+    (tmp_path / "afile").write_text("")
+    for bad in (tmp_path / "afile" / "sub", "/proc/nope/x", tmp_path / ("a" * 300)):
+        assert "cannot be made" in fails(capsys, f"--workdir={workdir}", f"--out={bad}")
+    export.check_out(str(tmp_path / "one" / "two"))
+    assert not (tmp_path / "one").exists()
     summary = (workdir / "summary.json").read_text()
     (workdir / "summary.json").unlink()
     assert "not finished" in fails(capsys, *there)
@@ -123,3 +132,14 @@ def test_bad_exports_are_one_line_and_leave_nothing(workdir, tmp_path, capsys, m
     (workdir / "checkpoints" / "rl" / "4").rmdir()
     assert "no checkpoint" in fails(capsys, *there)
     assert not out.exists() and not list(tmp_path.glob(".model*"))
+
+
+@pytest.mark.parametrize("mesh", ["missing", 3, [1, "x", 1, 1], {"data": None}])
+def test_a_workdir_without_a_mesh_is_one_line(mesh, workdir, tmp_path, capsys):
+    record = json.loads((workdir / "config.json").read_text())
+    record["config"]["mesh"] = mesh
+    if mesh == "missing":
+        del record["config"]["mesh"]
+    (workdir / "config.json").write_text(json.dumps(record))
+    said = fails(capsys, f"--workdir={workdir}", f"--out={tmp_path / 'model'}")
+    assert "the mesh of the workdir's config.json is" in said

@@ -40,6 +40,11 @@ def test_a_missing_or_damaged_file_is_named(tmp_path):
             files.read_json(tmp_path / "x.json")
 
 
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read: Is a directory$"):
+        files.read_json(tmp_path)
+
+
 def test_full_disk_and_forbidden_places_are_one_line():
     for error, said in [
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
