@@ -4,11 +4,15 @@ import hashlib
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from jaxrepro.config import UserError
 from jaxrepro.data import locate
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fetched import without
 
 
 def test_data_is_found_as_given_and_below_the_variable(tmp_path, monkeypatch):
@@ -33,6 +37,14 @@ def test_a_model_is_a_folder_or_one_line_of_error(tmp_path, monkeypatch):
     for name in ("nobody/nothing-of-that-name", "not a name!"):
         with pytest.raises(UserError, match=r"^model.path=[^\n]*$"):
             locate.model(name)
+
+
+def test_what_cannot_be_fetched_skips_tests_and_fails_them_in_ci(monkeypatch):
+    for ci, offline, outcome in (("", "", "skip"), ("1", "", "fail"), ("1", "1", "skip")):
+        monkeypatch.setenv("CI", ci)
+        monkeypatch.setenv("JAXREPRO_OFFLINE", offline)
+        with pytest.raises(getattr(pytest, outcome).Exception, match="no network"):
+            without(UserError("no network"))
 
 
 # ---- models that are packages
