@@ -56,6 +56,11 @@ def read_jsonl(path: Path) -> list[Row]:
         where = f"{path} line {number}"
         try:
             row = json.loads(line)
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            half = ascii(e.object[e.start])[1:-1]
+            raise UserError(f"{where}: {half} is half a character, which no text holds") from e
         except (ValueError, RecursionError) as e:
             raise UserError(f"{where}: not JSON ({e})") from e
         if not isinstance(row, dict):
@@ -69,7 +74,7 @@ def read_jsonl(path: Path) -> list[Row]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # some editors write a mark first
             yield from enumerate(file, 1)
     except (OSError, EOFError, UnicodeError, zlib.error) as e:
         raise UserError(f"{path} cannot be read: {e}") from e

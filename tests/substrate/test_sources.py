@@ -30,6 +30,23 @@ def test_a_row_knows_its_file_and_line(tmp_path, suffix):
     }
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    with (gzip.open if suffix.endswith("gz") else open)(path, "wb") as file:
+        file.write(b'\xef\xbb\xbf{"x": "\\ud83d\\ude00"}\n')  # two halves are one character
+    assert sources.read_jsonl(path)[0].fields == {"x": "\U0001f600"}
+
+
+@pytest.mark.parametrize("text", ["\\ud800", "a\\udfffb", "\\ud800\\ud800"])
+@pytest.mark.parametrize("record", ['{{"x": "{}"}}', '{{"{}": 1}}', '{{"x": [{{"y": "{}"}}]}}'])
+def test_half_a_character_names_file_and_line(tmp_path, text, record):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"x": 1}\n' + record.format(text) + "\n")
+    with pytest.raises(UserError, match=r"a\.jsonl line 2: \\ud[8f][0f][0f] is half a character"):
+        sources.read_jsonl(path)
+
+
 def test_splits_of_a_folder_are_its_files(tmp_path):
     put(tmp_path / "x_train.jsonl", [{"x": 1}])
     assert sources.load(str(tmp_path)).keys() == {"train"}
