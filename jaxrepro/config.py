@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parents[1]  # of a clone; holds configs/
+LARGEST_SEED = 2**32 - 1  # jax.random.key drops what is above 32 bits: 2**32 would repeat 0
 
 _OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 _EXAMPLES = {
@@ -242,6 +243,9 @@ def _resolve(module: ModuleType, path: Path, config: ConfigDict) -> ConfigDict:
     if hasattr(module, "resolve"):
         result = _in_file(path, module.resolve, config)
         config = config if result is None else result
+    seed = config.get("seed")
+    if isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"config.seed={seed} is not possible: use 0 to {LARGEST_SEED}")
     return config.lock()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from jaxrepro import cli
-from jaxrepro.config import UserError
+from jaxrepro.config import LARGEST_SEED, UserError
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,7 +27,8 @@ def main(argv: Sequence[str]) -> None:
         lower_bound=0.0,
         **text,
     )
-    flags.DEFINE_integer("seed", 0, "the same seed gives the same answers", **text)
+    bounds = dict(lower_bound=0, upper_bound=LARGEST_SEED)
+    flags.DEFINE_integer("seed", 0, "the same seed gives the same answers", **bounds, **text)
     cli.distributed_flags(parser)
     cli.parse_flags(parser, argv, __doc__)
     workdir = parser["workdir"].value

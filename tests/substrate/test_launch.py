@@ -214,6 +214,13 @@ def test_sample_prints_the_answers(capsys, method, trained, tmp_path):
     assert capsys.readouterr().out == f"why {image} None 3\n\nwhy {image} None 3\n"
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 99999999999999999999])
+def test_a_seed_that_no_key_holds_is_one_line(seed, capsys, method, trained):
+    assert f"--seed={seed}" in fails(
+        capsys, f"--workdir={trained}", f"--seed={seed}", main=sample.main
+    )
+
+
 @pytest.mark.parametrize("main", [evaluate.main, sample.main])
 def test_a_foreign_workdir_is_one_line(main, capsys, tmp_path, trained):
     assert "--workdir" in fails(capsys, main=main)
