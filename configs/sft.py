@@ -97,7 +97,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
 
 
 def get_claims(size: str = "tiny") -> dict:
-    """Pre-registered claims of a size."""
+    """Claims of a size, written down before its runs; that of smollm2 was added after its run."""
     after, before = "after/test/exact_match", "before/test/exact_match"
     if size == "smollm2":
         return {
