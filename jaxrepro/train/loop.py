@@ -11,7 +11,8 @@
         run.summary({...})
 
 Order of a start: resume (the stage's latest checkpoint) -> init_from -> scratch.
-A workdir holds config.json, metrics.jsonl, tensorboard/, checkpoints/, curves.png, summary.json.
+A workdir holds config.json, metrics.jsonl, tensorboard/, checkpoints/, curves.png, summary.json. Until the
+first `restore` has succeeded it stays as it was (`train.workdir`).
 SIGTERM: the step in progress ends, its state is saved, the process exits with code 143 (128 + 15).
 
 In a run of several processes each of them makes the same calls. Process 0 alone looks at the workdir
@@ -19,17 +20,11 @@ and writes its files, checkpoints apart, and tells the others what it found; a S
 lets all save the same step.
 """
 
-import contextlib
-import datetime
 import json
 import math
-import os
-import shutil
 import signal
-import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,41 +34,17 @@ import numpy as np
 
 from jaxrepro import distributed
 from jaxrepro.config import UserError
-from jaxrepro.files import commit, read_json, write_json, writing
+from jaxrepro.files import write_json, writing
 from jaxrepro.sharding import place
 from jaxrepro.train import curves
 from jaxrepro.train import metrics as report
-from jaxrepro.train.checkpoint import BEST, FOLDER, Checkpoints, load, on_device, stages_in
+from jaxrepro.train.checkpoint import BEST, Checkpoints, load, on_device, stages_in
 from jaxrepro.train.profile import Profile
 from jaxrepro.train.state import State, step_key
 from jaxrepro.train.step import NONFINITE
+from jaxrepro.train.workdir import SUMMARY, Workdir
 
-FORMAT = 1
 TERMINATED = 143  # exit code after SIGTERM
-SHARED = 10.0  # seconds until a network disk shows what another machine wrote
-RESUME = ("auto", "never", "must")
-OURS = (FOLDER, "once", report.FILE, report.EVENTS, curves.FILE, "summary.json")
-OURS += ("samples.md", "samples", "items.json", "answers.jsonl")
-
-
-def may_differ(key: str) -> bool:
-    """Whether a resumed run may have another value of this dotted key."""
-    head, last = key.split(".")[0], key.split(".")[-1]
-    free = last in ("steps", "every", "path") or head in ("eval", "decode", "mesh", "log")
-    return free or key == "checkpoint.keep"
-
-
-def _again(key: str) -> bool:
-    """Whether another value of this key means that a finished run is not finished."""
-    return key.split(".")[-1] == "steps" or key.split(".")[0] in ("eval", "decode")
-
-
-def _flat(tree, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        k: v for name in tree for k, v in _flat(tree[name], f"{prefix}.{name}".strip(".")).items()
-    }
 
 
 class Run:
@@ -86,11 +57,10 @@ class Run:
     """
 
     def __init__(self, config, workdir, *, resume="auto", profile=None, show=("loss",)):
-        if resume not in RESUME:
-            raise UserError(f"resume={resume!r} is unknown; use one of {', '.join(RESUME)}")
-        self.config, self.workdir = config, Path(workdir).expanduser().absolute()
+        self._folder = Workdir(workdir, config, resume)
+        self.config, self.workdir = config, self._folder.path
         self.finished, self.results, self.stage = False, {}, "train"
-        self._resume, self._show = resume, tuple(show)
+        self._show = tuple(show)
         checkpoint, log = config.get("checkpoint") or {}, config.get("log") or {}
         self._every = int(checkpoint.get("every", 0) or 0)
         self._keep = int(checkpoint.get("keep", 2))
@@ -101,11 +71,12 @@ class Run:
         self._writer = jax.process_index() == 0
         one = "" if self._writer else f"process{jax.process_index()}"
         self._profile = Profile(profile, self.workdir / "profile" / one)
-        self._lock = self._metrics = self._saves = self._best = self._progress = None
+        self._metrics = self._saves = self._best = self._progress = None
         self._best_value = self._pending = self._previous = None
         self._total, self._over, self._looping, self._stop = None, False, False, False
         self._asked = {"steps": 0, "again": 1, "time": time.monotonic()}
-        self._begun: set[str] = set()  # the stages that this process has restored
+        self._begun = False  # whether every process knows that the workdir is of this run
+        self._restored: set[str] = set()  # stages
 
     # --- start and end -------------------------------------------------------------------------
 
@@ -113,7 +84,7 @@ class Run:
         try:
             self._open()
         except BaseException:
-            self._release()
+            self._folder.release()
             raise
         if threading.current_thread() is threading.main_thread():
             # In a run of several processes this takes the signal from jax, too: see _told_to_stop.
@@ -131,7 +102,7 @@ class Run:
                 self._close_stage()
                 if self._metrics is not None:
                     self._metrics.close()
-                    if self._curves and not self.finished:
+                    if self._curves and self._folder.begun:
                         curves.draw(self.workdir)
             except Exception:
                 if kind is None:
@@ -140,36 +111,16 @@ class Run:
                 if self._previous is not None:
                     signal.signal(signal.SIGTERM, self._previous)
                     self._previous = None
-                self._release()
-
-    def _take_lock(self) -> None:
-        import fcntl
-
-        path = self.workdir / "lock"
-        with writing(path):
-            self._lock = open(path, "a+")  # noqa: SIM115 - held for the whole run
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            raise UserError(
-                f"{self.workdir} is in use by {holder}; wait for it, or choose another --workdir"
-            ) from None
-        except OSError:
-            return  # a file system without locks
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        self._lock.flush()
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()  # the kernel lets go of the lock, also after kill -9
-            self._lock = None
+                self._folder.release()
 
     def _open(self) -> None:
-        found = distributed.first(self._claim)
-        distributed.together(lambda: self._sees(found["seal"]))
+        found = distributed.first(self._folder.claim)
+        if jax.process_count() > 1:
+            try:
+                distributed.together(lambda: self._folder.sees(found["seal"]))
+            finally:
+                if self._writer:
+                    self._folder.unseal()
         if found["results"] is not None:
             self.finished, self.results = True, found["results"]
             self.say(f"{self.workdir} is finished:")
@@ -180,77 +131,11 @@ class Run:
                 self.workdir, tensorboard=self._tensorboard, wandb=self._wandb
             )
 
-    def _claim(self) -> dict[str, Any]:
-        """Process 0 takes the workdir: its results where the run is finished, and what to see there."""
-        with writing(self.workdir):
-            self.workdir.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        plain = getattr(self.config, "to_dict", lambda: self.config)()
-        plain = json.loads(json.dumps(plain, default=str))
-        path, summary = self.workdir / "config.json", self.workdir / "summary.json"
-        changed = self._compare(path, plain) if path.exists() else []
-        if self._resume == "never":
-            self._wipe()
-        if self._resume == "must" and not summary.exists() and not stages_in(self.workdir):
-            raise UserError(
-                f"resume=must, but {self.workdir} has no checkpoint; use --resume=auto to start"
-            )
-        finished = summary.exists() and not any(map(_again, changed))
-        results = read_json(summary) if finished else None
-        if not finished:
-            summary.unlink(missing_ok=True)
-            record = {"format": FORMAT, "config": plain, "command": sys.argv, "commit": commit()}
-            record["jax"] = jax.__version__
-            record["started"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-            with writing(path):
-                write_json(path, record)
-        return {"results": results, "seal": zlib.crc32(path.read_bytes())}
-
-    def _sees(self, seal: int) -> None:
-        """Whether the workdir of this process is that of process 0."""
-        path, deadline = self.workdir / "config.json", time.monotonic() + SHARED
-        while True:
-            with contextlib.suppress(OSError):
-                if zlib.crc32(path.read_bytes()) == seal:
-                    return
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{self.workdir} on {os.uname().nodename} is not the folder that process 0 "
-                    "writes; give a --workdir on a disk that all machines share"
-                )
-            time.sleep(0.2)
-
-    def _compare(self, path: Path, plain: dict) -> list[str]:
-        """Keys that differ from the workdir's config; UserError where one of them must not."""
-        old = read_json(path)
-        if old.get("format") != FORMAT:
-            raise UserError(
-                f"{path} has format {old.get('format')}, this version reads {FORMAT}; "
-                "use the version that wrote it, or another --workdir"
-            )
-        a, b = _flat(old["config"]), _flat(plain)
-        missing = object()
-        differ = [k for k in sorted(set(a) | set(b)) if a.get(k, missing) != b.get(k, missing)]
-        foreign = [k for k in differ if not may_differ(k)]
-        if foreign:
-            shown = [
-                f"{k} ({a.get(k, 'absent')} there, {b.get(k, 'absent')} here)" for k in foreign[:5]
-            ]
-            more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
-            raise UserError(
-                f"{self.workdir} holds a run of another config: {', '.join(shown)}{more}; "
-                "choose another --workdir"
-            )
-        return differ
-
-    def _wipe(self) -> None:
-        with writing(self.workdir):
-            for name in OURS:
-                path = self.workdir / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+    def _begin(self) -> None:
+        """The workdir is of this run from here on. Collective, once."""
+        if not self._begun:
+            distributed.first(self._folder.begin)
+            self._begun = True
 
     # --- state ---------------------------------------------------------------------------------
 
@@ -276,23 +161,29 @@ class Run:
         self._flush()
         self._close_stage()
         self.stage, self._total, self._over = stage, None, False
-        self._begun.add(stage)
-        self._saves = Checkpoints(self.workdir, stage, keep=self._keep)
+        self._restored.add(stage)
         abstract = jax.eval_shape(init) if abstract is None else abstract
         target = on_device(abstract, shardings)
         places = jax.tree.map(lambda x: x.sharding, target)
-        step = self._saves.latest()
-        if self._metrics is not None:
-            self._metrics.rewind(stage, step)
+        step = None
+        if distributed.first(lambda: self._folder.has(stage)):
+            self._saves = Checkpoints(self.workdir, stage, keep=self._keep)
+            step = self._saves.latest()
         if step is not None:
             self._over = self._saves.done()
             self.say(f"{stage}: resuming at step {step}")
-            return self._saves.restore(target, step)
-        state = jax.jit(init, out_shardings=places)() if jit else place(init(), places)
-        if init_from:
-            self.say(f"{stage}: starting from {init_from}")
-            params = load(init_from, target.params, stage=init_stage, shardings=places.params)
-            state = state.replace(params=params)
+            state = self._saves.restore(target, step)
+        else:
+            state = jax.jit(init, out_shardings=places)() if jit else place(init(), places)
+            if init_from:
+                self.say(f"{stage}: starting from {init_from}")
+                params = load(init_from, target.params, stage=init_stage, shardings=places.params)
+                state = state.replace(params=params)
+        self._begin()  # not before: what was refused above leaves the workdir as it was
+        if self._saves is None:
+            self._saves = Checkpoints(self.workdir, stage, keep=self._keep)
+        if self._metrics is not None:
+            self._metrics.rewind(stage, step)
         return state
 
     def key(self, i: int, *, stage: str | None = None):
@@ -305,7 +196,7 @@ class Run:
         if self._over or start >= self._total:
             return
         stages = distributed.first(lambda: stages_in(self.workdir)) if start else []
-        if built := [s for s in stages if s not in self._begun]:
+        if built := [s for s in stages if s not in self._restored]:
             raise UserError(
                 f"stage {self.stage} ended at step {start} and {built[0]} went on from there; "
                 f"{self.stage}.steps={total} would change what it started from. Keep {start}, or "
@@ -404,6 +295,7 @@ class Run:
         They are fetched at the next call, so that the device never waits. A number that is not
         finite ends the run; `ids` names the batch in that message.
         """
+        self._begin()
         self._flush()
         for value in values.values():
             if isinstance(value, jax.Array):
@@ -440,6 +332,8 @@ class Run:
 
     def path(self, name: str) -> Path:
         """A file of the run; its folder is made."""
+        if self._writer:
+            self._folder.begin()
         path = self.workdir / name
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -453,19 +347,18 @@ class Run:
     def once(self, name: str, function: Callable[[], Any], *, of: Any = None) -> Any:
         """`function()`, or what it returned when an earlier start of this run called it.
 
-        For what cannot be measured again after a resume (accuracy before training). JSON values only.
+        For what cannot be measured again after a resume (accuracy before training). JSON values only; one
+        that comes before the first `restore` is written there, when the start has proved possible.
         `of`: what the value depends on and a resumed run may change; another one is measured anew.
         """
-        path = self.workdir / "once" / f"{name}.json"
-        of = json.loads(json.dumps(of))
+        file, of = f"once/{name}.json", json.loads(json.dumps(of))
 
         def kept() -> dict[str, Any] | None:
-            found = read_json(path) if path.exists() else None
+            found = self._folder.kept(file)
             return found if found is not None and found["of"] == of else None
 
         def keep() -> Any:
-            with writing(path):
-                write_json(path, {"of": of, "value": value})
+            self._folder.keep(file, {"of": of, "value": value})
             return value
 
         if (found := distributed.first(kept)) is not None:
@@ -480,10 +373,11 @@ class Run:
         for name, value in numbers.items():
             if not math.isfinite(value):
                 raise UserError(f"summary: {name} is {value}; a result must be a finite number")
+        self._begin()
         self.wait()
 
         def write() -> dict[str, float]:
-            path = self.workdir / "summary.json"
+            path = self.workdir / SUMMARY
             with writing(path):
                 write_json(path, numbers)
             return numbers

@@ -35,14 +35,14 @@ class Metrics:
         self.path = self.workdir / FILE
         self._tensorboard, self._writers, self._starts = tensorboard, {}, {}
         self._file = self._wandb = None
-        if wandb:
+        self._project = wandb
+        if wandb:  # looked for now; it makes files at the first number
             try:
-                import wandb as module
+                import wandb
             except ImportError as error:
                 raise UserError(
-                    f"log.wandb={wandb} needs the package: pip install wandb"
+                    f"log.wandb={self._project} needs the package: pip install wandb"
                 ) from error
-            self._wandb = module.init(project=wandb, dir=str(self.workdir), resume="allow")
 
     def rewind(self, stage: str, step: int | None) -> None:
         """Forget lines of `stage` after `step` (None: all): they will be measured again."""
@@ -67,7 +67,13 @@ class Metrics:
                 writer = self._writer(stage)
                 for name, value in values.items():
                     writer.add_scalar(name, value, step)
-        if self._wandb:
+        if self._project:
+            if self._wandb is None:
+                import wandb
+
+                self._wandb = wandb.init(
+                    project=self._project, dir=str(self.workdir), resume="allow"
+                )
             self._wandb.log(
                 {f"{stage}/{k}": v for k, v in values.items()} | {f"{stage}/step": step}
             )

@@ -58,7 +58,7 @@ def run(
         before = run.once(
             "before",
             lambda: examine(policy.initial(s.policy, config), "before/test/"),
-            of=[config.eval.n, config.data.path],
+            of=config.eval.n,
         )
         run.say(f"before: {quiz.line(before['rates'], 'before/test/')}")
         if not config.steps:

@@ -21,10 +21,11 @@ from jaxrepro.config import UserError
 from jaxrepro.train import curves
 from jaxrepro.train import metrics as report
 from jaxrepro.train.checkpoint import load, steps_in
-from jaxrepro.train.loop import TERMINATED, Run, may_differ
+from jaxrepro.train.loop import TERMINATED, Run
 from jaxrepro.train.profile import Profile
 from jaxrepro.train.state import init_state
 from jaxrepro.train.step import compile_step, make_step
+from jaxrepro.train.workdir import may_differ, moved
 
 ADAM = optax.adam(0.05)
 STEPS = 12
@@ -75,7 +76,7 @@ def kill(run):
     """What the kernel does for a killed process: the lock goes, nothing is written."""
     run._saves.wait()
     run._metrics._file.close()
-    run._release()
+    run._folder.release()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -115,7 +116,7 @@ def test_a_finished_run_shows_its_summary_and_more_steps_reopen_it(whole, tmp_pa
             assert run.finished and run.results == {"test/loss": 1.0, "test/n": 8.0}
     assert "test/loss = 1" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_text() == before
-    with Run(config(**{"checkpoint.every": 2, "data.path": "/b", "mesh.data": 8}), workdir) as run:
+    with Run(config(**{"checkpoint.every": 2, "log.every": 3, "mesh.data": 8}), workdir) as run:
         assert run.finished
     with Run(config(steps=STEPS + 1), workdir) as run:
         assert not run.finished
@@ -129,17 +130,139 @@ def test_a_workdir_of_another_config_names_the_keys(whole):
     with pytest.raises(UserError, match="another config"):
         Run(config(lr=0.1), whole[0], resume="never").__enter__()
     assert (whole[0] / "summary.json").exists()
-    free = [
-        "steps",
-        "rl.steps",
-        "checkpoint.every",
-        "eval.n",
-        "decode.beams",
-        "model.path",
-        "mesh.data",
-    ]
+    free = ["steps", "rl.steps", "checkpoint.every", "eval.n", "decode.beams", "mesh.data"]
     assert all(map(may_differ, free))
-    assert not any(map(may_differ, ["lr", "rl.lr", "seed", "init_from", "every_token", "meshes"]))
+    bound = ["lr", "rl.lr", "seed", "init_from", "every_token", "meshes", "model.path"]
+    assert not any(map(may_differ, bound))
+
+
+def test_other_data_is_refused_and_data_that_moved_is_the_same(tmp_path):
+    old, new, other = (tmp_path / name for name in ("a/maths", "b/maths", "b/physics"))
+    for folder in (old, other):
+        folder.mkdir(parents=True)
+    with Run(config(**{"data.path": str(old)}), tmp_path / "run") as run:
+        train(run)
+        run.summary({"test/loss": 1.0})
+    start = lambda path: Run(config(**{"data.path": str(path)}), tmp_path / "run")
+    new.mkdir()
+    for path in (
+        other,
+        "openai/maths",
+        "",
+        new,
+        f"{other}/../maths",
+    ):  # `old` is still there: another folder
+        said = rf"another config: data.path \({old} there, {path} here\)"
+        with pytest.raises(UserError, match=said):
+            start(path).__enter__()
+    new.rmdir()
+    old.rename(new)
+    with start(new) as run:
+        assert run.finished
+    with pytest.raises(UserError, match=r"data.path"):
+        start(other).__enter__()
+    old.symlink_to(new)
+    with start(new) as run:
+        assert run.finished
+
+
+def test_a_name_of_a_hub_is_no_folder_that_moved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Run(config(**{"data.path": "openai/maths"}), "run") as run:
+        train(run, until=1)
+    Path("maths").mkdir()
+    for path in (tmp_path / "maths", "other/maths"):
+        with pytest.raises(UserError, match=r"data.path \(openai/maths there"):
+            Run(config(**{"data.path": str(path)}), "run").__enter__()
+    assert not moved(None, str(tmp_path / "maths")) and not moved(str(tmp_path / "maths"), None)
+
+
+# ---- what is refused changes nothing ----
+
+
+def contents(folder):
+    """Name -> bytes of every file, the lock apart, and the names of folders."""
+    found = {p.relative_to(folder): p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+    return {name: data for name, data in found.items() if name.name != "lock"}
+
+
+def wide():
+    return init_state({"w": jnp.zeros(5)}, ADAM)
+
+
+@pytest.mark.parametrize("resume", ["auto", "must", "never"])
+def test_a_refused_restore_leaves_a_finished_run_as_it_was(whole, tmp_path, resume):
+    workdir = Path(shutil.copytree(whole[0], tmp_path / "copy"))
+    before = contents(workdir)
+
+    def start(error, **settings):
+        more = config(**{"steps": STEPS + 1, "log.curves": True})
+        with pytest.raises(UserError, match=error), Run(more, workdir, resume=resume) as run:
+            run.once("start", lambda: 1)
+            assert run.once("start", lambda: 2) == 1
+            run.restore(settings.pop("init", wide), stage="rl", **settings)
+        assert contents(workdir) == before
+
+    if resume == "never":
+        start("has no checkpoint", init_from=tmp_path / "nothing")
+        start("does not fit", init_from=whole[0])
+    else:
+        start("does not fit: params/w is float32")
+    with Run(config(), workdir) as run:
+        assert run.finished and run.results == {"test/loss": 1.0, "test/n": 8.0}
+
+
+def test_a_refused_first_start_leaves_nothing_and_later_ones_their_folder(tmp_path):
+    workdir = tmp_path / "runs" / "a"
+
+    def refused(**settings):
+        with (
+            pytest.raises(UserError, match="no checkpoint"),
+            Run(config(), workdir, **settings) as run,
+        ):
+            run.once("before", lambda: 0.5)
+            run.restore(init, stage="rl", init_from=tmp_path / "nothing")
+
+    for resume in ("auto", "must", "never"):
+        refused(resume=resume)
+        assert not (tmp_path / "runs").exists()
+    workdir.mkdir(parents=True)
+    (workdir / "note").write_text("")
+    refused()
+    assert [p.name for p in workdir.iterdir()] == ["note"]
+    with Run(config(lr=0.1), workdir) as run:  # the corrected command
+        assert run.once("before", lambda: 0.25) == 0.25
+        train(run, until=1)
+        assert json.loads((workdir / "once" / "before.json").read_text())["value"] == 0.25
+
+
+def test_a_kill_before_the_run_begins_leaves_the_workdir_to_another_config(tmp_path):
+    run = Run(config(), tmp_path).__enter__()
+    run._folder._lock.close()  # what the kernel does
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert [p.name for p in tmp_path.iterdir()] == ["lock"]
+    with Run(config(lr=0.1), tmp_path) as run:
+        train(run, until=1)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_lock_that_was_taken_away_is_no_lock(tmp_path, monkeypatch):
+    """A start that is refused removes its lock; one that has opened that file must not believe in it."""
+    import fcntl
+
+    first = Run(config(), tmp_path / "run").__enter__()
+    flock, done = fcntl.flock, []
+
+    def late(file, how):
+        if not done:
+            done.append(first.__exit__(None, None, None))  # removes file and folder in between
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with Run(config(), tmp_path / "run"):
+        assert (tmp_path / "run" / "lock").read_text().startswith("process ")
+        with pytest.raises(UserError, match="is in use"):
+            Run(config(), tmp_path / "run").__enter__()
 
 
 def test_resume_never_starts_again_and_must_wants_a_checkpoint(tmp_path):

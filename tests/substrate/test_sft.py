@@ -308,6 +308,69 @@ def test_settings_that_cannot_work_are_one_line(changes, message, tmp_path):
     assert not list(tmp_path.iterdir()), "a corrected command would find a run of another config"
 
 
+def shortened(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def with_another_tensor(folder):
+    from safetensors.numpy import load_file, save_file
+
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {"model.odd.weight": np.zeros((2, 2), np.float32)}, path)
+
+
+def without_a_shard(folder):
+    from safetensors.numpy import load_file
+
+    path = folder / "model.safetensors"
+    index = {"weight_map": {name: "model-00001-of-00001.safetensors" for name in load_file(path)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shortened, "model.safetensors"),
+        (with_another_tensor, "unexpected"),
+        (without_a_shard, "the index names the shard"),
+    ],
+)
+def test_damaged_weights_leave_no_workdir_behind(base, damage, message, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        sft.run(settings(model__path=str(folder)), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_start_that_does_not_fit_leaves_no_workdir_behind(
+    finished, small, tmp_path, monkeypatch, resume
+):
+    refused = [(str(tmp_path / "nothing"), "has no checkpoint")]
+    monkeypatch.setitem(policy.SHAPES, "tiny", policy.SHAPES["tiny"] | {"ffn": 64})
+    refused += [(str(finished[0]), "does not fit: params/layers")]
+    for init_from, message in refused:
+        with pytest.raises(UserError, match=message):
+            sft.run(settings(init_from=init_from), tmp_path / "w", resume=resume)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_survives_a_command_that_is_refused(finished, small, tmp_path, monkeypatch):
+    """Same config, more to do, another shape: what a moved model folder of another model looks like."""
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    names = ("config.json", "summary.json", "metrics.jsonl", "once/before.json")
+    held = [(folder / name).read_bytes() for name in names]
+    with monkeypatch.context() as patch:
+        patch.setitem(policy.SHAPES, "tiny", policy.SHAPES["tiny"] | {"ffn": 64})
+        with pytest.raises(UserError, match="does not fit"):
+            sft.run(settings(steps=6, eval__n=5), folder)
+    assert [(folder / name).read_bytes() for name in names] == held
+    assert sft.run(settings(), folder) == finished[1]
+
+
 @pytest.mark.parametrize(
     ("tokens", "merges", "message"),
     [

@@ -81,7 +81,7 @@ def run(
 
 def asked(config: Any) -> list[Any]:
     """What a measurement depends on and a resumed run may change."""
-    return [config.eval.n, config.eval.samples, config.eval.greedy, config.data.path]
+    return [config.eval.n, config.eval.samples, config.eval.greedy]
 
 
 def check(config: Any) -> None:

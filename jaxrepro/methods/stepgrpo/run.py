@@ -76,8 +76,7 @@ def run(
         held = evaluation.hold(s.task, "test", config.eval.n, config.eval.batch)
         params = warm_up(run, s)
         examine = examiner(s, held)
-        asked = [config.eval.n, config.data.path]
-        before = run.once("before", lambda: examine(params, "before/test/"), of=asked)
+        before = run.once("before", lambda: examine(params, "before/test/"), of=config.eval.n)
         run.say(f"after warm-up: {report.line(before['rates'], 'before/test/')}")
         if not config.steps:
             return run.summary(before["rates"])
