@@ -35,7 +35,7 @@ def config(**changes):
     c = ConfigDict({"method": "toy", "seed": 0, "steps": STEPS, "lr": 0.05, "mesh": {"data": 1}})
     c.checkpoint = ConfigDict({"every": 4, "keep": 2})
     c.eval = ConfigDict({"every": 5})
-    c.log = ConfigDict({"tensorboard": False, "curves": False})
+    c.log = ConfigDict({"tensorboard": False, "curves": False, "every": 1, "wandb": ""})
     c.data = ConfigDict({"path": ""})
     with c.unlocked():
         c.update_from_flattened_dict(changes)
@@ -416,6 +416,25 @@ def test_numbers_reach_tensorboard_and_a_picture(tmp_path, capsys):
     assert list((tmp_path / "tensorboard" / "rl").glob("events*"))
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert report.read(tmp_path / "metrics.jsonl")[-1].keys() >= {"loss", "grad_norm", "param_norm"}
+
+
+def test_wandb_is_looked_for_at_once_and_begins_with_the_first_number(tmp_path, monkeypatch):
+    named = config(**{"log.wandb": "project"})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"log\.wandb=project needs the package"):
+        Run(named, tmp_path / "a").__enter__()
+    assert not (tmp_path / "a").exists()
+    calls = []
+    module = type(sys)("wandb")
+    module.init = lambda **settings: calls.append(settings["project"]) or module
+    module.log, module.finish = calls.append, lambda: calls.append("finish")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with Run(named, tmp_path / "a") as run:
+        run.restore(init, stage="rl")
+        assert not calls
+        for i in range(2):
+            run.log(i, {"loss": 0.5})
+    assert calls == ["project", *({"rl/loss": 0.5, "rl/step": i + 1} for i in range(2)), "finish"]
 
 
 def test_curves_show_every_metric_that_changed_and_name_the_rest(tmp_path, monkeypatch):

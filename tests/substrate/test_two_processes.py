@@ -224,6 +224,7 @@ def test_what_one_process_finds_wrong_ends_all_in_one_line(tmp_path, cache):
         pair += processes.start([["launch", *words("run")]], env=cache, **where)
     ended = processes.finish(pair)
     assert all(code == 2 and "a disk that all machines share" in text for code, text in ended)
+    assert not any((home / "run").exists() for home in homes)
 
 
 @pytest.mark.slow
