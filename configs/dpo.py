@@ -15,8 +15,6 @@ of the loss.
 
 from ml_collections import ConfigDict, config_dict
 
-from jaxrepro.methods.dpo.registry import hyperparameters
-
 SIZES = {
     "tiny": {"needs": "2 CPU cores, 2 GB", "minutes": "2"},
     "smollm2": {"needs": "2 CPU cores, 8 GB, network once", "minutes": "60 (unmeasured)"},
@@ -25,6 +23,15 @@ SIZES = {
     "paper_mistral_instruct": {"needs": "8 x 80 GB GPU, UltraFeedback", "minutes": "(unmeasured)"},
     "paper_llama3_base": {"needs": "8 x 80 GB GPU, UltraFeedback", "minutes": "(unmeasured)"},
     "paper_llama3_instruct": {"needs": "8 x 80 GB GPU, UltraFeedback", "minutes": "(unmeasured)"},
+}
+# Hyper-parameters of the losses by type: the names in jaxrepro.methods.dpo.registry.
+HYPER = {
+    float: "alpha beta beta_l beta_prime beta_r beta_w c decay delta divergence_alpha eps f final floor "
+    "forget_weight gamma h kl_alpha label_smoothing lam lambda_d lambda_u ld_alpha length_power mix "
+    "nll_weight nu r_max rank_weight retain_weight rho sft_weight tau temperature weight",
+    bool: "bias_correction clamp_weight independent ld_reference length_norm prompt_nll relaxed use_weighting",
+    str: "divergence link offset per positive retain",
+    tuple: "weights",
 }
 SMOLLM2 = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # of its template
 # The four settings of the SimPO study (arXiv:2405.14734): model, data, tokens, SimPO (beta, gamma / beta, lr), DPO lr
@@ -72,8 +79,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
     data.template = True  # False: prompts are plain text
 
     config.loss = ConfigDict(dict(name="sigmoid", shares=()))
-    for name, kind in hyperparameters().items():
-        config.loss[name] = config_dict.placeholder(kind)
+    for kind, names in HYPER.items():
+        config.loss.update({name: config_dict.placeholder(kind) for name in names.split()})
 
     # auto: cached for data that exists, adapter with LoRA, live or synced for drawn pairs, none where it may
     config.reference = ConfigDict(dict(kind="auto", every=512, alpha=0.6))

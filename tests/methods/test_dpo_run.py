@@ -12,7 +12,7 @@ from jaxrepro import config
 from jaxrepro.config import UserError
 from jaxrepro.methods.dpo import online, run, world
 from jaxrepro.methods.dpo.online import Drawn
-from jaxrepro.methods.dpo.registry import REGISTRY
+from jaxrepro.methods.dpo.registry import REGISTRY, hyperparameters
 from jaxrepro.rewards.judge import Verdict
 from jaxrepro.train import policy
 from jaxrepro.train.loop import Run
@@ -235,6 +235,12 @@ def test_a_missing_field_names_file_line_and_field(tmp_path):
     path = written(tmp_path / "pairs.jsonl", rows)
     with pytest.raises(UserError, match=r"pairs\.jsonl.*2.*'rejected'"):
         run.run(settings(data__path=path), tmp_path / "run")
+
+
+def test_a_config_has_every_hyper_parameter_of_the_registry_with_its_type():
+    section = config.load("configs/dpo.py", {}).loss
+    found = {name: section.get_type(name) for name in section if name not in ("name", "shares")}
+    assert found == hyperparameters()
 
 
 # ---- what is refused
