@@ -1,7 +1,6 @@
 """Losses with a state, and losses of a batch that is cut into micro-batches."""
 
 import sys
-from operator import itemgetter
 from pathlib import Path
 
 import jax
@@ -10,11 +9,10 @@ import numpy as np
 import pytest
 
 from jaxrepro.methods.dpo import batchwise
-from jaxrepro.methods.dpo.objective import from_slopes, linearise
-from jaxrepro.methods.dpo.registry import Batch, SeqStats, loss, mix, resolve, statistics, total
+from jaxrepro.methods.dpo.registry import Batch, SeqStats, loss, resolve
 
 sys.path.insert(0, str(Path(__file__).parent))
-from dpo_golden import GOLDEN, close, example, items, log_ratios, mean, slope
+from dpo_golden import GOLDEN, close, items, log_ratios, mean, slope
 
 PRNG = jax.random.key(0)
 
@@ -89,37 +87,6 @@ def test_token_mean_of_a_cut_batch_is_that_of_the_whole():
     parts = [items("sft", half, Batch(mean_chosen_tokens=n)) for half in halves]
     close(np.concatenate(parts).mean(), whole)
     close(whole, -GOLDEN.p[:, 0].sum() / GOLDEN.n[:, 0].sum())
-
-
-@pytest.mark.parametrize(
-    "names", [["aot"], ["beta_dpo"], ["kto"], ["tdpo1", "sft"], ["nash_md"]], ids="+".join
-)
-def test_slopes_of_the_whole_batch_give_micro_batches_its_gradient(names):
-    mixed = mix(names)
-    tokens, batch = example(mixed[0][0])
-
-    def stats(lp, kl, tokens=tokens):
-        return statistics(tokens._replace(lp=lp, kl=kl), mixed[0][0])
-
-    def whole(lp, kl):
-        return total(mixed, stats(lp, kl), batch)[0].sum()
-
-    slopes, states, _ = linearise(mixed, stats(tokens.lp, tokens.kl), batch)
-    want = jax.value_and_grad(whole, argnums=(0, 1))(tokens.lp, tokens.kl)
-    got = [0.0, jnp.zeros_like(tokens.lp), jnp.zeros_like(tokens.lp)]
-    for i in range(2):
-        rows = jax.tree.map(itemgetter(slice(i, None, 2)), (tokens, slopes))
-
-        def part(lp, kl, rows=rows):
-            return from_slopes(rows[1], stats(lp, kl, rows[0])).sum()
-
-        v, (g, g_kl) = jax.value_and_grad(part, argnums=(0, 1))(rows[0].lp, rows[0].kl)
-        got = [got[0] + v, got[1].at[i::2].set(g), got[2].at[i::2].set(g_kl)]
-    close(got[0], want[0])
-    close(got[1], want[1][0])
-    close(got[2], want[1][1])
-    after = total(mixed, stats(tokens.lp, tokens.kl), batch)[1]
-    jax.tree.map(close, states, after)
 
 
 def test_beta_of_a_batch_is_measured_from_the_moving_mean():

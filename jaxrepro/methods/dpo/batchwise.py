@@ -1,7 +1,7 @@
 """Losses whose items depend on each other, or on earlier batches: sorts, means, moving averages.
 
 All of them are plain jnp on the global batch: under jit, sharded arrays give the same numbers as one
-device. Cutting a batch into micro-batches makes another loss; `objective.linearise` gives the right one.
+device. Cutting a batch into micro-batches makes another loss; `programs.prepare` gives the right one its slopes.
 
 The moving averages of beta-DPO and alpha-DPO are updated before use, start at 0 and are not corrected for
 that start, as in the official code: the first standard deviation is a tenth of the batch's, and where the

@@ -9,7 +9,7 @@ free, tokens, batchwise, unpaired, listwise, generation and diffusion; `registry
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,71 +87,6 @@ def total(
     return per_item, tuple(new), metrics
 
 
-class Slopes(NamedTuple):
-    """A loss of the whole batch as a linear function of each item's statistics, around where they are."""
-
-    per_item: Float[Array, "b"]  # the loss there
-    p: Float[Array, "b k"]  # d(sum of the loss)/dp, and the same of the others
-    raw_p: Float[Array, "b k"] | None
-    lp: Float[Array, "b k t"] | None
-    kl: Float[Array, "b k t"] | None
-
-
-def linearise(
-    mix: Sequence[tuple[LossSpec, float | int]],
-    seq: SeqStats | Sequence[SeqStats],
-    batch: Batch | None = None,
-    states: Sequence[Any] | None = None,
-) -> tuple[Slopes | tuple[Slopes, ...], tuple[Any, ...], Curves]:
-    """`total` of the whole batch, in a form that micro-batches can be trained with: see `from_slopes`.
-
-    A loss with `set_level` of a micro-batch is another loss. Its slopes from one pass without gradient
-    over the whole batch, then `from_slopes` of each micro-batch, give the exact gradient of the whole.
-    Weights of tokens must be the same both times (SamPO: the same draw). One `Slopes` for each statistics
-    given. UserError for a loss with gradients through `Batch` (a head, the NLL of prompts).
-    """
-    for spec, _ in mix:
-        if spec.needs & {"value", "reward_head"} or spec.hyper.get("prompt_nll"):
-            raise UserError(
-                f"loss {spec.name!r} trains more than responses' log-probs; use micro_batches=1"
-            )
-    many = (seq,) if isinstance(seq, SeqStats) else tuple(seq)
-
-    def moved(x):
-        one = [_with(s, v) for s, v in zip(many, x, strict=True)]
-        per_item, *rest = total(mix, one[0] if isinstance(seq, SeqStats) else one, batch, states)
-        return per_item.sum(), (per_item, *rest)
-
-    slopes, (per_item, new, metrics) = jax.grad(moved, has_aux=True)([_moving(s) for s in many])
-    first = [per_item] + [jnp.zeros_like(per_item)] * (len(many) - 1)
-    out = tuple(sg(Slopes(v, **g)) for v, g in zip(first, slopes, strict=True))
-    return out[0] if isinstance(seq, SeqStats) else out, new, metrics
-
-
-def from_slopes(slopes: Slopes, seq: SeqStats) -> Float[Array, "b"]:
-    """Loss of each item with the gradient that it has within the whole batch. Rows may be any subset."""
-    x = _moving(seq)
-    out = slopes.per_item
-    for name, value in x.items():
-        if value is not None:
-            change = value - sg(value)  # 0, with a gradient
-            out = out + (getattr(slopes, name) * change).sum(tuple(range(1, change.ndim)))
-    return out
-
-
-def _moving(seq: SeqStats) -> dict[str, Array | None]:
-    """What of the statistics a gradient can flow through."""
-    t = seq.tokens
-    lp = None if t is None else jnp.where(t.mask, t.lp, 0.0)
-    kl = None if t is None or t.kl is None else jnp.where(t.mask, t.kl, 0.0)
-    return {"p": seq.p, "raw_p": seq.raw_p, "lp": lp, "kl": kl}
-
-
-def _with(seq: SeqStats, x: dict[str, Array | None]) -> SeqStats:
-    tokens = None if seq.tokens is None else seq.tokens._replace(lp=x["lp"], kl=x["kl"])
-    return seq._replace(p=x["p"], raw_p=x["raw_p"], tokens=tokens)
-
-
 # ---- inputs
 
 
@@ -198,6 +133,11 @@ def check_inputs(spec: LossSpec, seq: SeqStats, batch: Batch) -> None:
     if spec.schema == "ranked" and (k < 2 or (spec.name == "mdpo_multi" and k % 2)):
         raise UserError(
             f"loss {spec.name!r} compares groups of responses and got {k}; give an even number of 2 or more"
+        )
+    if spec.name in ("mdpo_multi", "d2o") and batch.valid is not None:
+        raise UserError(
+            f"loss {spec.name!r} knows its groups by their place, and some items have fewer than {k} responses; "
+            "give all the same number"
         )
     if spec.schema == "forget" and k > 2:
         raise UserError(

@@ -40,7 +40,7 @@ Mix = tuple[tuple[LossSpec, float], ...]  # losses and their weights
 class Rows(NamedTuple):
     """A batch of b prompts with k responses each, and what the data says about them."""
 
-    prompts: PromptTokens  # (b, t)
+    prompts: PromptTokens  # (b, t); (b, k, t) where each response has a prompt of its own
     tokens: Any  # (b, k, c) int32
     length: Any  # (b, k) int32, the end of turn included
     data: Batch = Batch()  # scores, labels, ...
@@ -93,10 +93,20 @@ def reference_params(reference: Reference, params: Any, extra: Any) -> Any:
 
 def hidden_states(params: Any, cfg: TransformerConfig, rows: Rows, *, other: bool = False) -> Any:
     """The states that predict the tokens of the responses, (b, k, c, d)."""
-    p = rows.prompts
+    p, (tokens, length) = rows.prompts, rows.other if other else (rows.tokens, rows.length)
+    b, k, c = tokens.shape
+    if p.tokens.ndim == 3:
+        flat = lambda x: x.reshape(b * k, *x.shape[2:])
+        p, tokens, length = (
+            PromptTokens(*map(flat, p)),
+            tokens.reshape(-1, 1, c),
+            length.reshape(-1, 1),
+        )
     x = transformer.embed(params, cfg, p.tokens)
-    tokens, length = rows.other if other else (rows.tokens, rows.length)
-    return completion_hidden(params, cfg, x, p.position, p.segment, p.next_position, tokens, length)
+    found = completion_hidden(
+        params, cfg, x, p.position, p.segment, p.next_position, tokens, length
+    )
+    return found.reshape(b, k, c, -1)
 
 
 def tokenwise(
@@ -139,6 +149,20 @@ def mismatched(params: Any, cfg: TransformerConfig, rows: Rows) -> Float[Array, 
     hidden = hidden_states(params, cfg, rows, other=True)
     lp = token_stats(hidden, transformer.head(params, cfg), tokens, ("lp",), chunk=CHUNK)["lp"]
     return jnp.where(jnp.arange(tokens.shape[-1]) < length[..., None], lp, 0.0).sum((1, 2))
+
+
+def learnt_tokens(mix: Mix, rows: Rows) -> Float[Array, ""]:
+    """Mean length, over the batch, of the responses whose likelihood is learnt: the divisor of a token mean.
+
+    Of what is kept beside what is forgotten, of the best of a ranking by scores; else of the first.
+    """
+    length, scores = rows.length.astype(jnp.float32), rows.data.scores
+    at = jnp.zeros(length.shape[:1], jnp.int32)
+    if mix[0][0].schema == "forget":
+        at = at + length.shape[1] - 1
+    elif mix[0][0].schema == "ranked" and scores is not None:
+        at = jnp.where(rows.length > 0, scores, -jnp.inf).argmax(-1)
+    return jnp.take_along_axis(length, at[:, None], 1).mean()
 
 
 # The loss --------------------------------------------------------------------------------------
@@ -192,9 +216,10 @@ def prepare(
         found = parts(lambda r: reference_scores(ref_params, cfg, r, needs), rows)
         rows = rows._replace(reference=found)
     data = rows.data._replace(
-        mean_chosen_tokens=rows.length[:, 0].astype(jnp.float32).mean(),
+        mean_chosen_tokens=learnt_tokens(mix, rows),
         progress=state.step.astype(jnp.float32) / max(steps - 1, 1),
         key=step_key(seed, "losses", state.step),
+        vocab=jnp.asarray(cfg.vocab) if "vocab" in needs else None,
     )
     if "kl_p" in needs:
         data = data._replace(kl_p=parts(lambda r: mismatched(state.params, cfg, r), rows))
