@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import re
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +15,12 @@ from hypothesis import strategies as st
 from jaxrepro.config import UserError
 from jaxrepro.data import batches, chat, questions
 from jaxrepro.data.text import ENDOFTEXT, Tokenizer, closed_vocabulary
-from jaxrepro.methods.dpo import records, reference_cache, schemas
-from jaxrepro.methods.dpo.encoding import Encoder, flatten, images
-from jaxrepro.ops.logprob import shift
+from jaxrepro.methods.dpo import online, records, reference_cache, schemas, setting
+from jaxrepro.methods.dpo.encoding import Encoder, images
+from jaxrepro.methods.dpo.objective import needed
+from jaxrepro.methods.dpo.registry import REGISTRY, resolve
+from jaxrepro.methods.dpo.rows import GIVEN, Shape, collate, item, shape_of
+from jaxrepro.rewards.judge import Verdict
 
 QUICK = settings(deadline=None, max_examples=40)
 USER, SAID = {"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}
@@ -51,6 +55,12 @@ def check(name, record, **changes):
 
 def encoder(tokenizer, t=24, name="pair", **more):
     return Encoder(tokenizer, t, schemas.get(name), **more)
+
+
+def rows_of(e, found, shape=None, needs=frozenset(), **more):
+    """Rows of checked records."""
+    items = [item(e, r, frozenset(needs)) for r in found]
+    return collate(items, shape or shape_of(items, k=e.k), pad=e.tokenizer.pad, **more)
 
 
 # ---- what a record may look like
@@ -330,22 +340,27 @@ def test_the_suggested_weights_balance(good, bad, desirable, undesirable):
     assert records.balance(labelled(good, bad), **weights) is None
 
 
+def alone(i):
+    """An item of one response, both of them the number i."""
+    return {"id": str(i), "prompt": [i], "responses": [[i]], "label": True}
+
+
 @given(st.integers(1, 4), st.integers(2, 5))
 @QUICK
-def test_a_mismatched_completion_is_the_one_before_in_the_micro_batch(m, size):
-    rows = [check("unpaired", VALID["unpaired"], prompt=f"{i}", completion=f"{i}") for i in range(m * size)]  # fmt: skip
-    found = records.mismatch(rows, micro_batches=m)
+def test_a_mismatched_response_is_the_one_before_in_the_micro_batch(m, size):
+    rows = collate([alone(i) for i in range(m * size)], Shape(1, 1, 1), pad=0, mismatched=m)
+    tokens, length = rows.other
+    assert (length == 1).all()
     for j in range(m):
-        prompts = [r["prompt"][0]["content"] for r in found[j::m]]
-        completions = [r["responses"][0] for r in found[j::m]]
-        assert prompts == [str(i) for i in range(j, m * size, m)]
-        assert completions == prompts[-1:] + prompts[:-1]
+        prompts = rows.prompts.tokens[j::m, 0].tolist()
+        assert prompts == list(range(j, m * size, m))
+        assert tokens[j::m, 0, 0].tolist() == prompts[-1:] + prompts[:-1]
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 2), (5, 2), (4, 0)])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 2), (5, 2)])
 def test_a_micro_batch_of_one_has_no_mismatch(n, m):
-    with pytest.raises(UserError, match="use 2 or more records in each"):
-        records.mismatch([check("unpaired", VALID["unpaired"])] * n, micro_batches=m)
+    with pytest.raises(UserError, match="use 2 or more items in each"):
+        collate([alone(0)] * n, Shape(1, 1, 1), pad=0, mismatched=m)
 
 
 # ---- rows
@@ -360,7 +375,7 @@ PAIRS = st.lists(
 
 @given(PAIRS, st.integers(14, 34))
 @QUICK
-def test_a_row_is_the_start_of_prompt_and_response_and_then_padding(tokenizer, rows, t):
+def test_prompt_and_responses_are_the_start_of_a_row_and_then_padding(tokenizer, rows, t):
     rows = [check("pair", r, id=f"e{i}") for i, r in enumerate(rows)]
     long = encoder(tokenizer, 99)
     kept = [r for r in rows if len(long.prompt(r)) < t]
@@ -370,24 +385,47 @@ def test_a_row_is_the_start_of_prompt_and_response_and_then_padding(tokenizer, r
             short.fitting(rows, "training")
         return
     assert short.fitting(rows, "training") == kept
-    tokens, whole = short.arrays(kept)["tokens"], long.arrays(kept)["tokens"]
-    for a, b in zip(tokens, whole):
-        assert a.shape == (len(kept), 2, t)
-        np.testing.assert_array_equal(a, b[..., :t])  # a longer row only adds
+    shape = Shape(2, t, t)
+    cut, whole = rows_of(short, kept, shape), rows_of(long, kept, Shape(2, 99, 99))
+    assert cut.tokens.shape == (len(kept), 2, t) and cut.prompts.tokens.shape == (len(kept), t)
     for i, record in enumerate(kept):
-        prompt = chat.render(record["prompt"][0]["content"])
+        prompt = tokenizer.encode(chat.render(record["prompt"][0]["content"]))
+        n = len(prompt)
+        assert cut.prompts.tokens[i].tolist() == prompt + [tokenizer.pad] * (t - n)
+        assert cut.prompts.segment[i].tolist() == [1] * n + [0] * (t - n)
+        assert cut.prompts.position[i].tolist() == list(range(n)) + [0] * (t - n)
+        assert cut.prompts.next_position[i] == n
         for j, text in enumerate(record["responses"]):
-            ids = tokenizer.encode(prompt + text) + [tokenizer.eos]
-            n, start = min(len(ids), t), len(tokenizer.encode(prompt))
-            assert tokens.tokens[i, j].tolist() == ids[:n] + [tokenizer.pad] * (t - n)
-            assert np.flatnonzero(tokens.response[i, j]).tolist() == list(range(start, n))
-            assert tokens.segment[i, j].tolist() == [1] * n + [0] * (t - n)
-            assert tokens.position[i, j].tolist() == list(range(n)) + [0] * (t - n)
-        for a, b in zip(tokens, short.arrays([record])["tokens"]):
+            ids = (tokenizer.encode(text) + [tokenizer.eos])[: t - n]
+            assert cut.tokens[i, j].tolist() == ids + [tokenizer.pad] * (t - len(ids))
+            assert cut.length[i, j] == len(ids) > 0
+            assert whole.tokens[i, j, : len(ids)].tolist() == ids  # a longer row only adds
+        one = rows_of(short, [record], shape)
+        for a, b in zip((*cut.prompts, *cut[1:3]), (*one.prompts, *one[1:3])):
             np.testing.assert_array_equal(a[i], b[0])  # batch mates do not matter
-    assert tokens.response.any(-1).all()
-    for a, b in zip(flatten(tokens), tokens):
-        np.testing.assert_array_equal(a.reshape(b.shape), b)
+
+
+LISTS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=20), min_size=1, max_size=3)
+
+
+@given(st.lists(st.tuples(LISTS, LISTS), min_size=1, max_size=4), st.integers(1, 32))
+@QUICK
+def test_the_shape_of_items_holds_them_and_no_more(found, multiple):
+    items = [{"id": str(i), "prompt": p[0], "responses": r} for i, (p, r) in enumerate(found)]
+    shape = shape_of(items, multiple=multiple)
+    counts = [len(i["responses"]) for i in items]
+    assert shape.k == max(counts) and shape.ragged == (min(counts) < max(counts))
+    rows = collate(items, shape, pad=0)
+    for size, longest in (
+        (shape.prompt, max(len(i["prompt"]) for i in items)),
+        (shape.response, max(len(r) for i in items for r in i["responses"])),
+    ):
+        assert size % multiple == 0 and 0 <= size - longest < multiple
+    assert (rows.length.sum(1) == [sum(map(len, i["responses"])) for i in items]).all()
+    assert (rows.data.valid is not None) == shape.ragged
+    for small in (shape._replace(prompt=0), shape._replace(response=0), shape._replace(k=0)):
+        with pytest.raises(UserError, match=r"example 0: .* rows hold"):
+            collate(items, small, pad=0)
 
 
 def test_prompts_that_fill_a_row_are_left_out_and_cut_responses_are_counted(tokenizer, capsys):
@@ -401,36 +439,34 @@ def test_prompts_that_fill_a_row_are_left_out_and_cut_responses_are_counted(toke
     assert "training: left out 6 of 12" in out[0]
     assert f"training: 2 responses lose their end at {t} tokens" in out[1] and len(out) == 2
     with pytest.raises(UserError, match=r"example 6: its prompt has \d+ tokens and fills"):
-        e.arrays(rows)
+        rows_of(e, rows)
     with pytest.raises(UserError, match="none of 1 test records has room"):
         e.fitting(rows[-1:], "test")
 
 
 def test_steps_follow_their_prefix_and_do_not_end_the_turn(tokenizer):
     e = encoder(tokenizer, 40, "step")
-    tokens = e.arrays([check("step", VALID["step"])])["tokens"]
-    texts = [tokenizer.decode(a[m], skip_special=False) for a, m in zip(tokens.tokens[0], tokens.response[0])]  # fmt: skip
-    assert texts == ["2", "3"]
-    n = int(tokens.segment[0, 0].sum())
-    whole = tokenizer.decode(tokens.tokens[0, 0, :n], skip_special=False)
-    assert whole == chat.render("1 + 1") + "1 + 1 = 2"
-    first = e.arrays([check("step", PAIR)])["tokens"]
-    assert tokenizer.eos not in first.tokens[first.response]
+    show = lambda ids: tokenizer.decode(ids, skip_special=False)
+    step = item(e, check("step", VALID["step"]))
+    assert show(step["prompt"]) == chat.render("1 + 1") + "1 + 1 ="
+    assert [show(ids).strip() for ids in step["responses"]] == ["2", "3"]
+    first = item(e, check("step", PAIR))
+    assert not any(tokenizer.eos in ids for ids in first["responses"])
 
 
-def test_arrays_hold_what_the_schema_has(tokenizer):
+def test_a_batch_holds_what_the_schema_has(tokenizer):
+    more = {"scored": {"scores"}, "ranked": {"scores", "valid"}, "multi": {"rewards"}}
+    more |= {"tie": {"ties"}, "unpaired": {"labels"}, "forget": {"labels"}}
     for name in sorted(set(VALID) - {"image"}):
         e = encoder(tokenizer, 32, name, responses={"ranked": 4, "forget": 1}.get(name))
-        out = e.arrays([check(name, VALID[name])] * 2)
+        rows = rows_of(e, [check(name, VALID[name])] * 2)
         k = 4 if name == "ranked" else schemas.get(name).k
-        assert e.k == k and out["tokens"].tokens.shape == (2, k, 32)
-        more = {"scored": "scores", "ranked": "scores", "multi": "rewards", "tie": "ties"}
-        more |= {"unpaired": "labels"}
-        assert set(out) == {"tokens", "valid"} | ({more[name]} if name in more else set())
-        assert out["valid"].sum() == 2 * min(k, len(check(name, VALID[name])["responses"]))
-        jnp.asarray(out["tokens"].tokens)
-    multi = encoder(tokenizer, 32, "multi").arrays([check("multi", VALID["multi"])])
-    np.testing.assert_array_equal(multi["rewards"], np.float32([[[1, 0.5], [0, 2]]]))
+        assert e.k == k == rows.tokens.shape[1]
+        there = {field for field, value in rows.data._asdict().items() if value is not None}
+        assert there == more.get(name, set())
+        assert (rows.length > 0).sum() == 2 * min(k, len(check(name, VALID[name])["responses"]))
+    multi = rows_of(encoder(tokenizer, 32, "multi"), [check("multi", VALID["multi"])])
+    np.testing.assert_array_equal(multi.data.rewards, np.float32([[[1, 0.5], [0, 2]]]))
 
 
 def test_optional_fields_become_arrays_where_a_loss_wants_them(tokenizer):
@@ -438,15 +474,18 @@ def test_optional_fields_become_arrays_where_a_loss_wants_them(tokenizer):
     for name in ("pair", "scored", "tie", "multi", "step"):
         record = check(name, VALID[name], **more)
         assert record["unsafe"] == [False, True]
-        out = encoder(tokenizer, 40, name, extra=("unsafe", "age", "probability")).arrays([record])
-        assert out["probability"].tolist() == [0.75] and out["age"].tolist() == [2.0]
-        assert out["unsafe"].tolist() == [[False, True]] and out["unsafe"].dtype == bool
+        e = encoder(tokenizer, 40, name)
+        data = rows_of(e, [record], needs={"unsafe", "age", "probability", "reference"}).data
+        assert data.probability.tolist() == [0.75] and data.age.tolist() == [2.0]
+        assert data.unsafe.tolist() == [[False, True]] and data.unsafe.dtype == bool
+        plain = rows_of(e, [record]).data
+        assert plain.probability is plain.age is plain.unsafe is None
     record = check("unpaired", VALID["unpaired"], score=1.5)
-    e = encoder(tokenizer, 40, "unpaired", extra=("scores",))
-    assert e.arrays([record])["scores"].tolist() == [[1.5]]
-    with pytest.raises(UserError, match="example x:3 has no score, which the loss needs"):
-        e.arrays([check("unpaired", VALID["unpaired"])])
-    assert "scores" not in encoder(tokenizer, 40, "unpaired").arrays([record])
+    e = encoder(tokenizer, 40, "unpaired")
+    assert rows_of(e, [record], needs={"scores"}).data.scores.tolist() == [[1.5]]
+    with pytest.raises(UserError, match="example x:3 has no scores, which the loss needs"):
+        rows_of(e, [check("unpaired", VALID["unpaired"])], needs={"scores"})
+    assert rows_of(e, [record]).data.scores is None
     for changes, message in (
         ({"probability": 0.4}, "field 'probability' is 0.4; chosen beats rejected with 0.5 to 1"),
         ({"age": -1}, "field 'age' is -1"),
@@ -454,8 +493,64 @@ def test_optional_fields_become_arrays_where_a_loss_wants_them(tokenizer):
     ):
         with pytest.raises(UserError, match=rf"x\.jsonl line 3: .*{message}"):
             check("pair", PAIR, **changes)
-    with pytest.raises(UserError, match="no optional field 'ages'; did you mean age"):
-        encoder(tokenizer, extra=("ages",))
+
+
+# What a run computes itself (programs.py, tests/methods/test_dpo_programs.py); gold is response 0 of a triple.
+COMPUTED = {
+    "reference", "tokens", "kl", "log_sum_p2", "ref_entropy", "kl_p", "kl_q", "mean_chosen_tokens", "progress",
+    "key", "vocab", "gold",
+}  # fmt: skip
+REFUSED = {  # and what no run has
+    "dro": "value head", "drdo": "reward head", "diffusion_dpo": "images", "rpo_rel": "embeddings",
+    "tis_dpo": "two further models", "dmpo": "turns", "hypo": "fresh sample", "spo_soft": "fresh sample",
+    "xpo": "online.kind", "selm": "online.kind",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_a_record_brings_all_that_a_loss_asks_for_or_the_loss_is_refused(tokenizer, name):
+    spec = resolve(name)
+    if name in REFUSED:
+        with pytest.raises(UserError, match=REFUSED[name]) as error:
+            setting.refuse(spec, "")
+        assert "\n" not in str(error.value)
+        return
+    setting.refuse(spec, "")
+    optional = {"probability": 0.75, "age": 2, "unsafe_chosen": False, "unsafe_rejected": True, "score": 0.5}  # fmt: skip
+    record = check(spec.schema, VALID[spec.schema], **optional)
+    if spec.schema == "forget":
+        record |= {"keep": check("forget", VALID["forget"], prompt="2 + 2", retain=True)}
+    needs = needed(spec)
+    e = encoder(tokenizer, 32, spec.schema, responses=3 if spec.schema == "ranked" else None)
+    rows = rows_of(e, [record] * 2, needs=needs, mismatched="kl_p" in needs)
+    there = {field for field, value in rows.data._asdict().items() if value is not None}
+    assert needs <= there | COMPUTED
+    assert ("kl_p" in needs) == (rows.other is not None)
+
+
+def test_pairs_that_are_drawn_bring_what_their_losses_need():
+    own = {"iterative": "sigmoid", "sppo": "sppo_soft"}
+    for kind, made in online.KINDS.items():
+        setting.refuse(resolve(own.get(kind, kind)), kind)
+        if kind == "spin":
+            continue
+        drawn = [online.Drawn([i], str(i), True) for i in range(2)]
+        found = online.item(kind, {"id": "q"}, [1], drawn, Verdict(np.array([2.0, 1.0]), None, 0))
+        assert set(found) & GIVEN == made.gives
+    for name, kind, match in (
+        ("kto", "online_dpo", "labels"),
+        ("odpo", "online_dpo", "scores"),
+        ("xpo", "online_dpo", "explore"),
+        ("ns_dpo", "sppo", "age"),
+        ("gdpo_soft", "spin", "probability"),
+        ("tpo", "iterative", "3 responses an item and gets 2"),
+        ("sigmoid", "nash_md", "2 responses an item and gets 1"),
+    ):
+        with pytest.raises(UserError, match=match) as error:
+            setting.refuse(resolve(name), kind)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="prompt_nll"):
+        setting.refuse(resolve("orpo", prompt_nll=True), "")
 
 
 def test_what_is_forgotten_stands_beside_what_is_kept(tokenizer):
@@ -467,18 +562,21 @@ def test_what_is_forgotten_stands_beside_what_is_kept(tokenizer):
     assert set(drawn[:3]) == set(drawn[3:6]) == {"20", "21", "22"}
     assert rows == records.keep([*retain, *forget], seed=1)
     e = encoder(tokenizer, 32, "forget")
-    out = e.arrays(e.fitting(rows, "training"))
-    assert out["tokens"].tokens.shape == (7, 2, 32) and out["valid"].all()
+    shape = Shape(2, 32, 32)
+    out = rows_of(e, e.fitting(rows, "training"), shape)
+    assert out.tokens.shape == (7, 2, 32) and out.prompts.tokens.shape == (7, 2, 32)
     alone = encoder(tokenizer, 32, "forget", responses=1)
     for i, record in enumerate(rows):
         for row, one in enumerate((record, record["keep"])):
-            same = alone.arrays([one | {"label": False}])["tokens"]
-            for a, b in zip(out["tokens"], same):
-                np.testing.assert_array_equal(a[i, row], b[0, 0])
+            same = rows_of(alone, [one | {"label": False}], shape._replace(k=1))
+            for a, b in zip(out.prompts, same.prompts):
+                np.testing.assert_array_equal(a[i, row], b[0])
+            np.testing.assert_array_equal(out.tokens[i, row], same.tokens[0, 0])
+            assert out.length[i, row] == same.length[0, 0]
     with pytest.raises(UserError, match="example 20 is to be retained"):
-        alone.arrays(retain)
+        rows_of(alone, retain)
     with pytest.raises(UserError, match="example 0 is to be forgotten beside none that is kept"):
-        e.arrays(forget)
+        rows_of(e, forget)
     with pytest.raises(UserError, match="7 records to forget and 0 to retain"):
         records.keep(forget)
 
@@ -486,47 +584,44 @@ def test_what_is_forgotten_stands_beside_what_is_kept(tokenizer):
 def test_rankings_of_different_lengths_are_filled_with_invalid_rows(tokenizer):
     e = encoder(tokenizer, 32, "ranked", responses=4)
     two = check("ranked", VALID["ranked"], completions=["5", "6"], scores=[0.5, 2])
-    out = e.arrays([check("ranked", VALID["ranked"]), two])
-    assert out["valid"].tolist() == [[True] * 3 + [False], [True] * 2 + [False] * 2]
-    np.testing.assert_array_equal(out["scores"], np.float32([[3, 2, 1, 0], [0.5, 2, 0, 0]]))
-    empty = ~out["valid"]
-    assert not out["tokens"].segment[empty].any() and not out["tokens"].response[empty].any()
-    assert (out["tokens"].tokens[empty] == tokenizer.pad).all()
+    out = rows_of(e, [check("ranked", VALID["ranked"]), two])
+    valid = [[True] * 3 + [False], [True] * 2 + [False] * 2]
+    assert out.data.valid.tolist() == (out.length > 0).tolist() == valid
+    np.testing.assert_array_equal(out.data.scores, np.float32([[3, 2, 1, 0], [0.5, 2, 0, 0]]))
+    assert (out.tokens[~out.data.valid] == tokenizer.pad).all()
+    whole = [item(e, check("ranked", VALID["ranked"]))] * 2
+    ragged = shape_of([*whole, item(e, two)])
+    assert collate(
+        whole, ragged, pad=0
+    ).data.valid.all()  # the arrays of a batch are always the same ones
     five = check("ranked", VALID["ranked"], completions=["1"] * 5, scores=[1] * 5, id="five")
     assert e.fitting([five, two], "training") == [two]
-    with pytest.raises(UserError, match="example five has 5 responses, the rows are for 4"):
-        e.arrays([five])
-
-
-def test_every_response_token_is_predicted_by_the_position_before(tokenizer):
-    e = encoder(tokenizer, 24, "ranked", responses=4)
-    rows = flatten(e.arrays([check("ranked", VALID["ranked"])] * 2)["tokens"])
-    targets, mask = shift(*(jnp.asarray(a) for a in rows[:3]))
-    np.testing.assert_array_equal(np.asarray(mask)[:, :-1], rows.response[:, 1:])
-    assert not mask[:, -1].any() and not rows.response[:, 0].any()
-    np.testing.assert_array_equal(np.asarray(targets)[np.asarray(mask)], rows.tokens[rows.response])
+    with pytest.raises(
+        UserError, match=r"example five: 5 responses of up to 2 tokens .* hold 4 of"
+    ):
+        rows_of(e, [five])
 
 
 def test_batches_are_read_at_random_and_know_their_records(tokenizer):
-    rows = [check("scored", VALID["scored"], id=i, score_chosen=i) for i in range(5)]
-    data = batches.dataset(rows, encoder(tokenizer, 32, "scored").arrays, batch=2, seed=0)
+    e = encoder(tokenizer, 32, "scored")
+    items = [item(e, check("scored", VALID["scored"], id=i, score_chosen=i)) for i in range(5)]
+    arrays = partial(collate, shape=shape_of(items), pad=tokenizer.pad)
+    data = batches.dataset(items, arrays, batch=2, seed=0)
     for step in (3, 0):
         batch = data[step]
-        assert batch.arrays["scores"][:, 0].tolist() == [float(i) for i in batch.ids]
-        assert batch.arrays["tokens"].tokens.shape == (2, 2, 32)
+        assert batch.arrays.data.scores[:, 0].tolist() == [float(i) for i in batch.ids]
+        assert batch.arrays.tokens.shape == (2, 2, 16)
 
 
-def test_mismatched_rows_join_a_prompt_with_the_completion_before(tokenizer):
-    rows = [check("unpaired", VALID["unpaired"], prompt=f"{i}", completion=f"2{i}") for i in range(4)]  # fmt: skip
-    e = encoder(tokenizer, 32, "unpaired")
-    found, own = e.mismatched(rows, micro_batches=2), e.arrays(rows)["tokens"]
-    assert found.tokens.shape == (4, 1, 32)
-    for i in range(4):
-        np.testing.assert_array_equal(
-            found.tokens[i][found.response[i]], own.tokens[i - 2][own.response[i - 2]]
-        )
-        before = ~own.response[i] & (own.segment[i] > 0)
-        np.testing.assert_array_equal(found.tokens[i][before], own.tokens[i][before])
+def test_held_out_items_are_a_better_and_a_worse_response():
+    one = lambda k, **more: {"responses": [[i] for i in range(k)], **more}
+    ends = lambda item, schema: setting.as_pair(item, schema)["responses"]
+    assert ends(one(2, prompt=[]), "pair") == [[0], [1]]
+    assert ends(one(3, prompt=[]), "triple") == [[1], [2]]
+    ranked = setting.as_pair(one(3, prompt=[], scores=[1, 0, 4]), "ranked")
+    assert ranked["responses"] == [[2], [1]] and ranked["scores"] == [4, 0]
+    kept_first = setting.as_pair(one(2, prompts=[[8], [9]]), "forget")
+    assert kept_first["responses"] == [[1], [0]] and kept_first["prompts"] == [[9], [8]]
 
 
 def with_bos(tokenizer, template=None):
@@ -575,10 +670,10 @@ def test_a_record_that_cannot_be_encoded_is_named(tokenizer):
         ({"chosen": "words"}, "example x:3: the closed vocabulary"),
     ):
         with pytest.raises(UserError, match=message.replace("|", r"\|")):
-            e.arrays([check("pair", PAIR, **changes)])
+            rows_of(e, [check("pair", PAIR, **changes)])
     two = [check("multi", VALID["multi"], id="a"), check("multi", VALID["multi"], id="b", rewards_chosen=[1], rewards_rejected=[2])]  # fmt: skip
     with pytest.raises(UserError, match="example a has 2 rewards, example b has 1"):
-        encoder(tokenizer, 32, "multi").arrays(two)
+        rows_of(encoder(tokenizer, 32, "multi"), two)
 
 
 def test_impossible_encoders_are_refused(tokenizer):
@@ -627,7 +722,10 @@ def rows():
 
 def test_a_fingerprint_changes_with_all_that_the_reference_reads(tokenizer, rows):
     e = encoder(tokenizer, 32)
-    of = lambda model="m", e=e, rows=rows: reference_cache.fingerprint(model, e, rows)
+    shape = Shape(2, 32, 32)
+    of = lambda model="m", e=e, rows=rows, shape=shape: reference_cache.fingerprint(
+        model, [item(e, r) for r in rows], shape
+    )
     other = [rows[0], rows[1], check("pair", PAIR, prompt="2 + 2", id=2)]
     swapped = [{**r, "responses": r["responses"][::-1]} for r in rows]
     template = WRITES_BOS.replace("assistant\n", "assistant\n\n")
@@ -638,8 +736,9 @@ def test_a_fingerprint_changes_with_all_that_the_reference_reads(tokenizer, rows
         of(rows=rows[::-1]),
         of(rows=swapped),
         of(rows=rows[:2]),
-        of(e=dataclasses.replace(e, max_tokens=18)),
-        of(e=dataclasses.replace(e, max_tokens=33)),
+        of(e=dataclasses.replace(e, max_tokens=len(e.prompt(rows[0])) + 1)),  # cuts the end of turn
+        of(shape=shape._replace(response=33)),
+        of(shape=shape._replace(prompt=33)),
         of(e=dataclasses.replace(e, system="1")),
         of(e=dataclasses.replace(e, template=False)),
         of(e=dataclasses.replace(e, tokenizer=with_bos(tokenizer))),
@@ -652,6 +751,9 @@ def test_a_fingerprint_changes_with_all_that_the_reference_reads(tokenizer, rows
     assert of(e=plain, rows=[pair("1 2", "3", "4")]) != of(e=plain, rows=[pair("1", "2 3", "2 4")])
     renamed = [{**r, "id": "x", "scores": [1.0, 2.0]} for r in rows]
     assert of(rows=renamed) == keys[0]
+    apart = {"id": "x", "prompts": [[1], [2]], "responses": [[3], [4]]}
+    of_items = lambda *items: reference_cache.fingerprint("m", items, shape)
+    assert of_items(apart) != of_items(apart | {"prompts": [[2], [1]]})
 
 
 def test_the_identity_of_a_model_is_its_numbers_and_its_config():

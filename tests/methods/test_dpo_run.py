@@ -230,6 +230,49 @@ def test_unpaired_records_of_a_file_train_kto_against_a_live_reference(tmp_path,
     assert all(np.isfinite(x["loss"]) for x in steps)
 
 
+def records_of(schema):
+    for x in "abcdefgh":
+        for y in "ijkl":
+            asked = {"prompt": f"{x} {y}"}
+            pair = asked | {"chosen": f"{x} d", "rejected": "e f g"}
+            yield {
+                "pair": pair | {"probability": 0.8, "age": 3, "unsafe_chosen": x < "c", "unsafe_rejected": False},
+                "scored": pair | {"score_chosen": 0.9, "score_rejected": 0.2},
+                "tie": pair | {"tie": y == "i"},
+                "multi": pair | {"rewards_chosen": [1.0], "rewards_rejected": [0.5]},
+                "step": pair | {"prefix": "h"},
+                "triple": pair | {"gold": "a b"},
+                "ranked": asked | {"completions": ["a", "b c", "d"][: 2 + (y == "i")], "scores": [1, 0.5, 0][: 2 + (y == "i")]},
+                "unpaired": asked | {"completion": "c d", "label": y < "k", "score": 0.5},
+                "forget": asked | {"completion": "c d", "retain": y < "k"},
+            }[schema]  # fmt: skip
+
+
+OF_SCHEMA = {
+    "pair": {"loss__name": "safedpo"},
+    "scored": {"loss__name": "odpo"},
+    "tie": {"loss__name": "todo"},
+    "multi": {"loss__name": "modpo"},
+    "step": {"loss__name": "step_dpo"},
+    "triple": {"loss__name": "tpo"},
+    "ranked": {"loss__name": "rrhf", "data__responses": 4},
+    "unpaired": {"loss__name": "ulma"},
+    "forget": {"loss__name": "npo", "loss__retain": "kl"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schema", OF_SCHEMA)
+def test_records_of_every_schema_train(schema, tmp_path):
+    path = written(tmp_path / "data.jsonl", list(records_of(schema)))
+    found = run.run(
+        settings(data__path=path, eval__samples=0, **OF_SCHEMA[schema]), tmp_path / "run"
+    )
+    steps = logged(tmp_path / "run", "dpo")
+    assert len(steps) == 4 and all(np.isfinite(x["loss"]) for x in steps)
+    assert ("after/test/accuracy" in found) == (schema != "unpaired")
+
+
 def test_a_missing_field_names_file_line_and_field(tmp_path):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"}]
     path = written(tmp_path / "pairs.jsonl", rows)
@@ -257,6 +300,9 @@ def test_a_config_has_every_hyper_parameter_of_the_registry_with_its_type():
         ({"loss__name": "sigmoid+kto"}, "different data"),
         ({"loss__name": "dro"}, "value head"),
         ({"loss__name": "diffusion_dpo"}, "images"),
+        ({"loss__name": "xpo"}, "online.kind"),
+        ({"loss__name": "orpo", "loss__prompt_nll": True}, "prompt_nll"),
+        ({"loss__name": "odpo", "online__kind": "iterative"}, "does not give"),
         ({"reference__kind": "none"}, "needs a reference"),
         ({"reference__kind": "adapter"}, "lora.rank"),
         ({"reference__kind": "cached", "online__kind": "online_dpo"}, "before the run"),

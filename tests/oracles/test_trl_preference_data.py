@@ -7,6 +7,7 @@ from jaxrepro.data import chat, questions
 from jaxrepro.data.text import closed_vocabulary
 from jaxrepro.methods.dpo import schemas
 from jaxrepro.methods.dpo.encoding import Encoder
+from jaxrepro.methods.dpo.rows import collate, item, shape_of
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -59,13 +60,16 @@ def test_rows_are_those_of_trls_collator(max_tokens):
         examples.append({"prompt_ids": prompt, "chosen_ids": ends[0], "rejected_ids": ends[1]})
     collator = DataCollatorForPreference(tokenizer.pad, max_length=max_tokens)
     theirs = collator(examples)
-    ours = encoder.arrays(fitting)["tokens"]
+    items = [item(encoder, record) for record in fitting]
+    ours = collate(items, shape_of(items), pad=tokenizer.pad)
     t = theirs["input_ids"].shape[1]
-    for name, values in (
-        ("input_ids", ours.tokens),
-        ("attention_mask", ours.segment),
-        ("completion_mask", ours.response),
-    ):
-        both = theirs[name].numpy().reshape(2, len(fitting), t).swapaxes(0, 1)  # chosen first
-        np.testing.assert_array_equal(values[..., :t], both)
-    assert not ours.segment[..., t:].any()
+    names = ("input_ids", "attention_mask", "completion_mask")
+    ids, attended, scored = (
+        theirs[name].numpy().reshape(2, len(fitting), t).swapaxes(0, 1) for name in names
+    )  # chosen first
+    for i, j in np.ndindex(len(fitting), 2):
+        n, length = ours.prompts.next_position[i], ours.length[i, j]
+        row = [*ours.prompts.tokens[i, :n], *ours.tokens[i, j, :length]]
+        assert row == ids[i, j, : n + length].tolist()
+        assert attended[i, j].sum() == n + length <= max_tokens
+        assert np.flatnonzero(scored[i, j]).tolist() == list(range(n, n + length))

@@ -5,8 +5,7 @@ responses of a record lose at the same place. A record whose prompt alone fills 
 and is left out by `fitting`. Prompt and response are encoded apart, so a prompt has the same tokens before every
 response. There is one bos where the tokenizer begins a text with one, whether the template wrote it or not.
 
-Arrays lead with the batch axis and the responses of a record follow, (b, k, t), so that micro-batches and
-meshes never part a pair; `flatten` gives the rows (b * k, t) that a model reads.
+`rows` makes arrays of them.
 """
 
 from __future__ import annotations
@@ -18,21 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrepro.config import UserError, did_you_mean
+from jaxrepro.config import UserError
 from jaxrepro.data import chat
 from jaxrepro.data.text import Tokenizer
 from jaxrepro.methods.dpo import schemas
-from jaxrepro.methods.dpo.records import Record, mismatch
+from jaxrepro.methods.dpo.records import Record
 from jaxrepro.methods.dpo.schemas import Schema
-from jaxrepro.ops.logprob import Tokens
-
-# Arrays that optional fields give: their type, and the fields.
-EXTRA = {
-    "scores": (np.float32, "score"),
-    "probability": (np.float32, "probability"),
-    "age": (np.float32, "age"),
-    "unsafe": (bool, "unsafe_chosen and unsafe_rejected"),
-}
 
 
 class Row(NamedTuple):
@@ -45,7 +35,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """How checked records (schemas.py) become arrays of static shape."""
+    """How checked records (schemas.py) become tokens."""
 
     tokenizer: Tokenizer
     max_tokens: int  # of a row
@@ -53,7 +43,6 @@ class Encoder:
     system: str = chat.SYSTEM  # for prompts without a system turn; "" = none
     template: bool = True  # False: a prompt is plain text, for models without a chat template
     responses: int | None = None  # k of a ranking; shorter ones are filled with invalid rows
-    extra: tuple[str, ...] = ()  # optional fields that every record has: keys of EXTRA
 
     def __post_init__(self):
         if self.schema.k == 0:
@@ -66,8 +55,6 @@ class Encoder:
             raise UserError(f"a ranking needs a number of responses, not {self.responses}; use 2 or more")  # fmt: skip
         if found := [s for s in self._special if s in self.system]:
             raise UserError(f"the system text contains the special token {found[0]}: remove it")
-        if odd := [name for name in self.extra if name not in EXTRA]:
-            raise UserError(f"no optional field {odd[0]!r}{did_you_mean(odd[0], list(EXTRA))}")
 
     @property
     def k(self) -> int:
@@ -183,65 +170,7 @@ class Encoder:
             print(f"{what}: {cut} responses lose their end at {self.max_tokens} tokens", flush=True)
         return kept
 
-    # Arrays ----------------------------------------------------------------------------------
-
-    def arrays(self, records: Sequence[Record]) -> dict[str, Any]:
-        """What a step reads, as numpy arrays whose shapes depend on the number of records alone.
-
-        "tokens": Tokens (b, k, t), response True on what is scored, the end of turn included;
-        "valid" (b, k) bool, False where a ranking has no such response; and what the schema has:
-        "scores" (b, k) float32, "rewards" (b, k, m) float32, "labels" (b,) bool, "ties" (b,) bool;
-        of `extra` "probability" and "age" (b,) float32, "unsafe" (b, k) bool, "scores". Of a record to
-        forget row 1 is what is kept. UserError names a record that does not fit.
-        """
-        b, k, name = len(records), self.k, self.schema.name
-        valid = np.zeros((b, k), bool)
-        for i, record in enumerate(records):
-            n = k if name == "forget" else len(record["responses"])
-            if n > k:
-                raise UserError(f"example {record['id']} has {n} responses, the rows are for {k}")
-            valid[i, :n] = True
-        out = {"tokens": self._tokens(records, k), "valid": valid}
-        if name in ("scored", "ranked") or "scores" in self.extra:
-            out["scores"] = np.zeros((b, k), np.float32)
-            out["scores"][valid] = [x for r in records for x in self._given(r, "scores")]
-        if name == "multi":
-            out["rewards"] = self._rewards(records)
-        if name == "unpaired":
-            out["labels"] = np.array([r["label"] for r in records], bool)
-        if name == "tie":
-            out["ties"] = np.array([r["tie"] for r in records], bool)
-        for more in sorted({*self.extra} - {"scores"}):
-            out[more] = np.array([self._given(r, more) for r in records], EXTRA[more][0])
-        return out
-
-    def _given(self, record: Mapping[str, Any], name: str) -> Any:
-        if name not in record:
-            raise UserError(f"example {record['id']} has no {EXTRA[name][1]}, which the loss needs")
-        return record[name]
-
-    def mismatched(self, records: Sequence[Record], *, micro_batches: int = 1) -> Tokens:
-        """Tokens (b, 1, t) of `records.mismatch`: each prompt with another one's completion."""
-        return self._tokens(mismatch(records, micro_batches=micro_batches), self.k)
-
-    def _tokens(self, records: Sequence[Record], k: int) -> Tokens:
-        shape = (len(records), k, self.max_tokens)
-        tokens = np.full(shape, self.tokenizer.pad, np.int32)
-        response, segment = np.zeros(shape, bool), np.zeros(shape, np.int32)
-        for i, record in enumerate(records):
-            for j, row in enumerate(self.rows(record)):
-                n = len(row.tokens)
-                tokens[i, j, :n], segment[i, j, :n] = row.tokens, 1
-                response[i, j, row.start : n] = True
-        position = np.arange(self.max_tokens, dtype=np.int32) * segment
-        return Tokens(tokens, response, segment, position)
-
-    def _rewards(self, records: Sequence[Record]) -> np.ndarray:
-        counts = {len(r["rewards"][0]): r["id"] for r in records}
-        if len(counts) > 1:
-            (a, first), (b, other), *_ = counts.items()
-            raise UserError(f"example {first} has {a} rewards, example {other} has {b}; use one number")  # fmt: skip
-        return np.array([r["rewards"] for r in records], np.float32)
+    # Texts -----------------------------------------------------------------------------------
 
     def _encode(self, record: Mapping[str, Any], text: str) -> list[int]:
         try:
@@ -256,11 +185,6 @@ class Encoder:
                     f"example {record['id']} holds the special token {found}, which would be read as "
                     "one; remove it"
                 )
-
-
-def flatten(tokens: Tokens) -> Tokens:
-    """Rows (b * k, t) of tokens (b, k, t): row i * k + j is response j of record i."""
-    return Tokens(*(a.reshape(-1, a.shape[-1]) for a in tokens))
 
 
 def images(records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

@@ -35,16 +35,17 @@ class Kind(NamedTuple):
     other: str = ""  # whose response is the second: "demonstration", "reference", "mixture"
     iterated: bool = False  # the reference of a round is the policy that drew it
     single: bool = False  # one response an item, with the probability that it wins
+    gives: frozenset[str] = frozenset({"probability"})  # what an item says about its responses
 
 
 KINDS = {
     "online_dpo": Kind(None),
     "iterative": Kind(None, iterated=True),
-    "spin": Kind(1, other="demonstration", iterated=True),
-    "sppo": Kind(None, iterated=True),
-    "xpo": Kind(1, other="reference"),
-    "selm": Kind(None, iterated=True),
-    "nash_md": Kind(1, other="mixture", single=True),
+    "spin": Kind(1, other="demonstration", iterated=True, gives=frozenset()),
+    "sppo": Kind(None, iterated=True, gives=frozenset({"probability", "scores"})),
+    "xpo": Kind(1, other="reference", gives=frozenset({"probability", "explore"})),
+    "selm": Kind(None, iterated=True, gives=frozenset({"probability", "explore"})),
+    "nash_md": Kind(1, other="mixture", single=True, gives=frozenset({"scores"})),
 }
 
 

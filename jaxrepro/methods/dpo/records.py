@@ -1,7 +1,6 @@
 """Preference records of a data path: read, checked, split, and what is worth a warning about them.
 
     balance of KTO: lambda_D n_D / (lambda_U n_U) within about [1, 1.5]          (inferred from arXiv:2402.01306)
-    mismatched completions: (x_i, y_{i-1}), i - 1 within the same micro-batch    (arXiv:2402.01306, z0)
 
 Records come from a JSONL file, a folder or the hub, as questions do (data/sources.py). An empty response is an
 error; a chosen response that equals the rejected one is kept, counted and said once.
@@ -120,21 +119,3 @@ def keep(records: Sequence[Record], *, seed: int = 0) -> list[Record]:
     while len(order) < len(forget):
         order += rng.sample(retain, len(retain))
     return [record | {"keep": kept} for record, kept in zip(forget, order)]
-
-
-def mismatch(records: Sequence[Record], *, micro_batches: int = 1) -> list[Record]:
-    """Record i with the completion of the record before it in its micro-batch, the first with the last's.
-
-    Micro-batch j of m has the records j, j + m, ... (train/step.py), so the one before is i - m. Labels stay
-    with the prompt and mean nothing. UserError where a micro-batch has one record, which is its own
-    predecessor, or where micro-batches differ in size.
-    """
-    m, b = micro_batches, len(records)
-    if m < 1 or b % m or b < 2 * m:
-        raise UserError(
-            f"a batch of {b} records in {m} micro-batches has no mismatched completions; use 2 or more "
-            "records in each, the same number"
-        )
-    return [
-        {**record, "responses": records[i - m]["responses"]} for i, record in enumerate(records)
-    ]

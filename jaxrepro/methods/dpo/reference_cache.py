@@ -19,7 +19,7 @@ import numpy as np
 from jaxrepro.config import UserError
 from jaxrepro.data import locate
 from jaxrepro.files import whole, writing
-from jaxrepro.methods.dpo.rows import Item, Shape
+from jaxrepro.methods.dpo.rows import Item, Shape, prompts_of
 
 _VERSION = "1"  # of what a fingerprint covers
 
@@ -41,7 +41,7 @@ def fingerprint(model: str, items: Sequence[Item], shape: Shape) -> str:
     """32 hexadecimal digits of a model (`weights`) and the tokens of these items, in this order."""
     found = hashlib.blake2b(f"{_VERSION} {model} {tuple(shape)}".encode(), digest_size=16)
     for one in items:
-        for ids in (one["prompt"], *one["responses"]):
+        for ids in (*prompts_of(one), *one["responses"]):
             found.update(np.array([len(ids), *ids], np.int64))
         found.update(b"next")
     return found.hexdigest()

@@ -32,6 +32,7 @@ from jaxrepro.methods.dpo import (
 )
 from jaxrepro.methods.dpo.rows import Item, Shape, collate, shape_of
 from jaxrepro.methods.dpo.setting import Setting
+from jaxrepro.methods.dpo.spec import SCHEMAS
 from jaxrepro.models import lora
 from jaxrepro.rewards import judge as judges
 from jaxrepro.rollout.generate import COLDEST, HOTTEST
@@ -396,7 +397,7 @@ def plan(config: Any) -> memory.Plan:
     losses = setting.mix(config)
     kind = setting.reference(config, losses).kind
     cfg = policy.geometry(config, setting.pieces(config))
-    k = 1 if losses[0][0].schema == "unpaired" else 2
+    k = SCHEMAS[losses[0][0].schema] or config.data.responses or 2
     found = policy.plan(config, cfg, config.dpo, rows=config.dpo.batch, stage=STAGE, k=k)
     copy = found.params if kind in ("live", "synced") else None
     return dataclasses.replace(found, reference=copy)

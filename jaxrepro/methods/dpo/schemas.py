@@ -65,6 +65,11 @@ class Schema:
         """All that a record needs."""
         return ("prompt", *self.responses, *self.extra)
 
+    @property
+    def optional_names(self) -> frozenset[str]:
+        """Names that optional fields have in a checked record."""
+        return frozenset(_GATHERED.get(name, name) for name in self.optional)
+
     def validate(self, record: Any, where: str, *, id: str | None = None) -> dict[str, Any]:
         """The checked record; UserError names the place (`where`: "x.jsonl line 3") and the field.
 
@@ -328,6 +333,7 @@ def _array(value: Any, at: str) -> np.ndarray:
 
 
 PAIR = ("chosen", "rejected")
+_GATHERED = {"score": "scores", "unsafe_chosen": "unsafe", "unsafe_rejected": "unsafe"}
 OPTIONAL = {
     "probability": _probability,
     "age": _age,

@@ -3,22 +3,44 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxrepro.config import UserError
 from jaxrepro.data import questions
-from jaxrepro.methods.dpo import online, programs, records, registry, schemas, world
+from jaxrepro.methods.dpo import (
+    objective,
+    online,
+    programs,
+    records,
+    registry,
+    rows,
+    schemas,
+    world,
+)
 from jaxrepro.methods.dpo.encoding import Encoder
 from jaxrepro.methods.dpo.programs import Mix, Reference
-from jaxrepro.methods.dpo.rows import Item, item
+from jaxrepro.methods.dpo.records import Preferences
+from jaxrepro.methods.dpo.rows import Item
+from jaxrepro.methods.dpo.spec import SCHEMAS, LossSpec
 from jaxrepro.methods.dpo.world import Annotator
 from jaxrepro.train import policy
 from jaxrepro.train.policy import Policy
 
 HELD = 200_000  # a stream of held-out pairs never meets one of training
-# The rows of a file that a loss reads, where its schema is none of a file.
-STORED = {"sampled": "pair"}
 PAIRS = {"pair", "scored", "tie", "multi", "step"}  # schemas whose records are pairs, and more
-# What no run here trains: heads of their own.
-UNTRAINED = {"value": "a value head", "reward_head": "a reward head"}
+# What no run here has, by input and by schema; the losses are there for use from Python.
+UNTRAINED = {
+    "value": "trains a value head",
+    "reward_head": "trains a reward head",
+    "embedding": "compares embeddings of prompts",
+    "weights": "weighs tokens by two further models (registry: importance)",
+    "turn": "counts the turns of a response",
+    "prompt_p": "learns the prompt too (prompt_nll)",
+}
+UNREAD = {
+    "image": "is about images",
+    "sampled": "reads a fresh sample of the policy beside each pair",
+}
 
 
 class Setting(NamedTuple):
@@ -44,15 +66,32 @@ def mix(config: Any) -> Mix:
     if not found:
         raise UserError("loss.name is empty; name a loss")
     for spec, _ in found:
-        for need, what in UNTRAINED.items():
-            if need in spec.needs:
-                raise UserError(
-                    f"loss {spec.name!r} trains {what}, which no run here has; it is in the registry "
-                    "for use from Python"
-                )
-        if spec.schema == "image":
-            raise UserError(f"loss {spec.name!r} is about images; use it from Python")
+        refuse(spec, config.online.kind)
     return found
+
+
+def refuse(spec: LossSpec, kind: str) -> None:
+    """UserError for a loss that needs what no run has, or what pairs of this kind (online.kind) do not say."""
+    needs = objective.needed(spec)
+    whys = [why for need, why in UNTRAINED.items() if need in needs]
+    whys += [UNREAD[spec.schema]] if spec.schema in UNREAD else []
+    if whys:
+        raise UserError(
+            f"loss {spec.name!r} {whys[0]}, which no run does; it is in the registry for use from Python"
+        )
+    if not kind and "explore" in needs:
+        raise UserError(
+            f"loss {spec.name!r} needs to know what was explored; set online.kind to xpo or selm"
+        )
+    if kind in online.KINDS:
+        made = online.KINDS[kind]
+        lacks = sorted((needs & rows.GIVEN) - made.gives)
+        k, want = 1 if made.single else 2, SCHEMAS[spec.schema] or 2
+        if lacks or k != want:
+            what = ", ".join(lacks) or f"{want} responses an item and gets {k}"
+            raise UserError(
+                f"loss {spec.name!r} needs {what}, which online.kind={kind} does not give; use another kind"
+            )
 
 
 def reference(config: Any, losses: Mix) -> Reference:
@@ -111,6 +150,7 @@ def prepare(config: Any) -> Setting:
     held_to = reference(config, losses)
     model = policy.open_policy(config, pieces=pieces(config))
     schema = "pair" if config.online.kind else _schema(config, losses)
+    needs = programs.needs_of(losses)
     data = config.data
     encoder = Encoder(
         model.tokenizer,
@@ -126,12 +166,17 @@ def prepare(config: Any) -> Setting:
     test: list[Any] = []
     if data.path and not config.online.kind:
         found = records.load(path=data.path, schema=schema, subset=data.subset, test=config.eval.n)
-        kept = [encoder.fitting(found.train, "training"), encoder.fitting(found.test, "test")]
-        train, held = ([item(encoder, r) for r in rows] for rows in kept)
-        if schema == "unpaired" and (note := records.balance(kept[0])):
+        if schema == "forget":
+            found = _unlearnt(found, encoder.k, config.seed)
+        test_records = found.test and encoder.fitting(found.test, "test")[: config.eval.n]
+        kept = encoder.fitting(found.train, "training")
+        train = [rows.item(encoder, r, needs) for r in kept]
+        held = [as_pair(rows.item(encoder, r), schema) for r in test_records]
+        if schema == "unpaired" and (note := records.balance(kept)):
             print(f"{data.path}: {note}", flush=True)
-        held, test = held[: config.eval.n], [as_question(r) for r in kept[1][: config.eval.n]]
-        asked = [as_question(r) for r in kept[0] if r.get("label", True)]
+        test = [as_question(r) for r in test_records]
+        asked = [as_question(r) for r in kept if schema == "forget" or r.get("label", True)]
+        asked += [as_question(r["keep"]) for r in kept if "keep" in r]
         if config.sft.steps and any(len(q["prompt"]) > 1 for q in asked):
             raise UserError("sft.steps: a warm-up takes prompts of one turn; use 0, or init_from")
     elif data.generator == "letters":
@@ -143,9 +188,9 @@ def prepare(config: Any) -> Setting:
         make = lambda i, stream, who: encoder.schema.validate(world.pair(i, stream, who), stream)
         stream = f"train {config.seed}"
         if not config.online.kind:
-            train = [item(encoder, make(i, stream, who)) for i in range(data.n)]
+            train = [rows.item(encoder, make(i, stream, who), needs) for i in range(data.n)]
         best = Annotator("edit" if who.kind == "edit" else "best")
-        held = [item(encoder, make(HELD + i, "test", best)) for i in range(config.eval.n)]
+        held = [rows.item(encoder, make(HELD + i, "test", best)) for i in range(config.eval.n)]
         asked = [world.demonstration(i, stream) for i in range(data.n)]
         test = [world.demonstration(i, "test") for i in range(config.eval.n)]
     else:
@@ -157,18 +202,28 @@ def prepare(config: Any) -> Setting:
             test=2 * config.eval.n,
             seed=config.seed,
         )
-        rows = questions.Encoder(
+        reader = questions.Encoder(
             model.tokenizer, data.max_tokens, data.max_completion, system=data.system
         )
         count = min(len(found.train), data.n)
-        asked = rows.fitting([found.train[i] for i in range(count)], "training")
-        test = rows.fitting(found.test, "test")[: config.eval.n]
+        asked = reader.fitting([found.train[i] for i in range(count)], "training")
+        test = reader.fitting(found.test, "test")[: config.eval.n]
     return Setting(config, model, encoder, losses, held_to, train, held, asked, test)
+
+
+def _unlearnt(found: Preferences, k: int, seed: int) -> Preferences:
+    """Records to forget, each beside one to keep (k = 2) or alone; none to test where both are not there."""
+    if k == 1:
+        return Preferences(*([r for r in side if not r["label"]] for side in found))
+    both = len({r["label"] for r in found.test}) == 2
+    return Preferences(
+        records.keep(found.train, seed=seed), records.keep(found.test, seed=seed) if both else []
+    )
 
 
 def _schema(config: Any, losses: Mix) -> str:
     """The schema of the data: the configured one, else the one that the losses read."""
-    read = {STORED.get(spec.schema, spec.schema) for spec, _ in losses}
+    read = {spec.schema for spec, _ in losses}
     plain = read - {"pair"} if read <= PAIRS else read
     if len(plain) > 1:
         raise UserError(
@@ -177,6 +232,19 @@ def _schema(config: Any, losses: Mix) -> str:
         )
     plain = plain or {"pair"}
     return config.data.schema or plain.pop()
+
+
+def as_pair(one: Item, schema: str) -> Item:
+    """A held-out item as a chosen and a rejected response: what is kept before what is forgotten, without
+    the gold response of a triple, the best and the worst of a ranking."""
+    if "prompts" in one:
+        return one | {name: one[name][::-1] for name in ("prompts", "responses")}
+    if schema == "triple":
+        return one | {"responses": one["responses"][1:]}
+    if schema == "ranked":
+        at = [np.argmax(one["scores"]), np.argmin(one["scores"])]
+        return one | {name: [one[name][i] for i in at] for name in ("responses", "scores")}
+    return one
 
 
 def as_question(record: Any) -> dict[str, Any]:
