@@ -14,29 +14,63 @@ from jaxrepro.methods.dpo import divergences
 from jaxrepro.methods.dpo.registry import REGISTRY, Batch, SeqStats, loss, resolve, statistics
 
 sys.path.insert(0, str(Path(__file__).parent))
-from dpo_golden import GOLDEN, close, example, items, log_ratios, mean, slope
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import meshes
+from dpo_golden import GOLDEN, close, example, log_ratios, mean
 
 KEYS = sorted(REGISTRY)
 PRNG = jax.random.key(0)
+ORDER = np.array([2, 0, 3, 1])
 
 
-def run(name, seed=0, **kw):
-    spec = resolve(name)
-    tokens, batch = example(spec, seed=seed, **kw)
+SPECS = {name: resolve(name) for name in KEYS}
 
-    def value(lp, kl, batch=batch):
-        t = tokens._replace(lp=lp, kl=kl)
-        seq = statistics(t, spec, key=PRNG)
+
+def valued(f, p):
+    """f(p), and the gradient of its sum."""
+
+    def total(p):
+        value = f(p)
+        return value.sum(), value
+
+    g, value = jax.grad(total, has_aux=True)(p)
+    return value, g
+
+
+def run(name, tokens, batch):
+    """((loss of each item, state, curves), gradients by log-probs and by KL) of one loss."""
+    spec = SPECS[name]
+
+    def value(lp, kl):
+        seq = statistics(tokens._replace(lp=lp, kl=kl), spec, key=PRNG)
         per_item, state, curves = loss(spec, seq, batch)
         return per_item.mean(), (per_item, state, curves)
 
     (_, out), grad = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(tokens.lp, tokens.kl)
-    return spec, tokens, batch, out, grad
+    return out, grad
+
+
+@partial(jax.jit, compiler_options=meshes.QUICK)
+def run_all(given):
+    """`run` of every loss, compiled once."""
+    return {name: run(name, *one) for name, one in given.items()}
+
+
+EXAMPLES = {name: example(spec) for name, spec in SPECS.items()}
 
 
 @pytest.fixture(scope="module")
 def everything():
-    return {name: run(name) for name in KEYS}
+    found = jax.device_get(run_all(EXAMPLES))
+    return {name: (SPECS[name], *EXAMPLES[name], *found[name]) for name in KEYS}
+
+
+@pytest.fixture(scope="module")
+def reordered():
+    """The same with the items in another order."""
+    turn = lambda x: np.asarray(x)[ORDER] if x is not None and jnp.ndim(x) else x
+    both = lambda t, b: (jax.tree.map(turn, t), Batch(*map(turn, b)))
+    return jax.device_get(run_all({name: both(*one) for name, one in EXAMPLES.items()}))
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -62,48 +96,73 @@ READS_TOKENS = ["sigmoid", "sft", "wpo", "ld_dpo"] + [
 ]
 
 
+@pytest.fixture(scope="module")
+def widened():
+    """Losses of the examples with two more places and nan in all the padding."""
+
+    @partial(jax.jit, compiler_options=meshes.QUICK)
+    def losses(given):
+        wide = lambda t: jax.tree.map(partial(padded, mask=t.mask, junk=np.nan), t)
+        return {
+            n: loss(SPECS[n], statistics(wide(t), SPECS[n]), b)[0] for n, (t, b) in given.items()
+        }
+
+    return jax.device_get(losses({n: EXAMPLES[n] for n in READS_TOKENS}))
+
+
 @pytest.mark.parametrize("name", READS_TOKENS)  # all others see sums alone
-def test_padding_changes_nothing_whatever_it_holds(everything, name):
-    spec, tokens, batch, (per_item, _, _), _ = everything[name]
-    t = jax.tree.map(partial(padded, mask=tokens.mask, junk=np.nan), tokens)
-    close(loss(spec, statistics(t, spec), batch)[0], per_item)
+def test_padding_changes_nothing_whatever_it_holds(everything, widened, name):
+    close(widened[name], everything[name][3][0])
 
 
 BOUND = {"beta_dpo", "rpo_rel"}  # a draw by position; weights between prompts
 
 
 @pytest.mark.parametrize("name", [n for n in KEYS if n not in BOUND])
-def test_order_of_the_items_does_not_matter(everything, name):
-    spec, tokens, batch, (per_item, _, _), _ = everything[name]
+def test_order_of_the_items_does_not_matter(everything, reordered, name):
+    spec, _, _, (per_item, _, _), _ = everything[name]
     if spec.weighting == "subsample":
         return
-    order = jnp.array([2, 0, 3, 1])
-    turn = lambda x: x[order] if x is not None and jnp.ndim(x) else x
-    t, b = jax.tree.map(turn, tokens), Batch(*(turn(x) for x in batch))
-    got = loss(spec, statistics(t, spec), b)[0]
+    got = reordered[name][0][0]
     if name in ("aot", "aot_unpaired"):  # sorted: the items are places, not pairs
-        close(jnp.sort(got), jnp.sort(per_item))
+        close(np.sort(got), np.sort(per_item))
     else:
-        close(got, per_item[order])
+        close(got, per_item[ORDER])
     close(got.mean(), per_item.mean())
 
 
 LISTS = ["infonca", "nca_reward", "exo_rw", "pro", "lipo", "lire", "opo", "drpo", "rrhf"]
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_a_missing_candidate_changes_nothing_whatever_it_holds(everything, name):
-    spec, tokens, batch, *_ = everything[name]
-    seq = statistics(tokens, spec)._replace(tokens=None)
-    batch = batch._replace(valid=jnp.ones((4, 4), bool).at[:, 3].set(False))
-    want = loss(spec, seq, batch)[0]
-    junk = seq._replace(p=seq.p.at[:, 3].set(-300.0), n=seq.n.at[:, 3].set(1.0))
-    close(loss(spec, junk, batch._replace(scores=batch.scores.at[:, 3].set(5.0)))[0], want)
-    g = jax.grad(lambda p: loss(spec, seq._replace(p=p), batch)[0].sum())(seq.p)
-    assert not np.asarray(g)[:, 3].any() and np.isfinite(g).all()
-    if name in ("infonca", "pro", "lipo"):  # it is as if it had never been there
+@pytest.fixture(scope="module")
+def shortened():
+    """Of each list without its last candidate: losses, the same with junk in its place, gradient, of three alone."""
+
+    def shorten(name, tokens, batch):
+        spec = SPECS[name]
+        seq = statistics(tokens, spec)._replace(tokens=None)
+        batch = batch._replace(valid=jnp.ones((4, 4), bool).at[:, 3].set(False))
+        junk = seq._replace(p=seq.p.at[:, 3].set(-300.0), n=seq.n.at[:, 3].set(1.0))
+        odd = batch._replace(scores=batch.scores.at[:, 3].set(5.0))
         three = SeqStats(*(x[:, :3] for x in seq[:3]))
-        close(loss(spec, three, Batch(scores=batch.scores[:, :3]))[0], want)
+        value, g = valued(lambda p: loss(spec, seq._replace(p=p), batch)[0], seq.p)
+        alone = loss(spec, three, Batch(scores=batch.scores[:, :3]))[0]
+        return value, loss(spec, junk, odd)[0], g, alone
+
+    @partial(jax.jit, compiler_options=meshes.QUICK)
+    def found(given):
+        return {name: shorten(name, *one) for name, one in given.items()}
+
+    return jax.device_get(found({n: EXAMPLES[n] for n in LISTS}))
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_missing_candidate_changes_nothing_whatever_it_holds(shortened, name):
+    want, junk, g, three = shortened[name]
+    close(junk, want)
+    assert not g[:, 3].any() and np.isfinite(g).all()
+    if name in ("infonca", "pro", "lipo"):  # it is as if it had never been there
+        close(three, want)
 
 
 # Keys that are the same numbers on the golden batch at beta = 0.1, and why.
@@ -115,14 +174,15 @@ EQUAL = [
 
 
 def test_no_two_keys_are_the_same_loss_but_for_the_listed():
-    def numbers(name):
-        spec = REGISTRY[name]
-        hyper = {"beta": 0.1} if "beta" in spec.defaults else {}
-        return np.concatenate([items(name, **hyper)[:, None], slope(name, **hyper)], 1)
+    def numbers(p, name):
+        spec = resolve(name, **({"beta": 0.1} if "beta" in REGISTRY[name].defaults else {}))
+        value, g = valued(lambda p: loss(spec, GOLDEN._replace(p=p))[0], p)
+        return jnp.concatenate([value[:, None], g], 1)
 
     plain = [n for n in KEYS if REGISTRY[n].schema in ("pair", "step") and n != "wpo"]
     plain = [n for n in plain if REGISTRY[n].needs <= {"reference"}]
-    seen = {n: numbers(n) for n in plain}
+    compiled = jax.jit(lambda p: {n: numbers(p, n) for n in plain}, compiler_options=meshes.QUICK)
+    seen = jax.device_get(compiled(GOLDEN.p))
     same = lambda a, b: np.allclose(seen[a], seen[b], rtol=1e-5, atol=1e-8)
     for a, b in itertools.combinations(plain, 2):
         assert same(a, b) == any({a, b} <= group for group in EQUAL), (a, b)
@@ -140,7 +200,7 @@ def test_no_two_keys_are_the_same_on_tokens_but_for_procedures(everything):
 @pytest.mark.parametrize("name", ["sigmoid", "ipo", "simpo", "kto", "infonca", "nash_md"])
 def test_jit_gives_the_same(everything, name):
     spec, tokens, batch, (per_item, _, _), _ = everything[name]
-    close(jax.jit(lambda t, b: loss(spec, statistics(t, spec), b)[0])(tokens, batch), per_item)
+    close(loss(spec, statistics(tokens, spec), batch)[0], per_item)  # not compiled as a whole
 
 
 def test_hyper_parameters_may_be_swept_with_vmap():
@@ -151,17 +211,26 @@ def test_hyper_parameters_may_be_swept_with_vmap():
 
 def test_extreme_log_ratios_stay_finite():
     huge = log_ratios([[300.0, -300.0], [-300.0, 300.0], [300.0, 300.0], [0.0, 0.0]])
+    specs = {}
     for name in KEYS:
         spec = REGISTRY[name]
         if spec.schema != "pair" or spec.needs - {"reference"} or spec.hyper.get("use_weighting"):
             continue
-        for kind in divergences.DIVERGENCES if "divergence" in spec.defaults else ("reverse_kl",):
+        kinds = divergences.DIVERGENCES if "divergence" in spec.defaults else ("reverse_kl",)
+        for kind in kinds:
             hyper = {"divergence": kind} if kind != "reverse_kl" else {}
-            assert np.isfinite(items(name, huge, **hyper)).all(), (name, kind)
-            assert np.isfinite(slope(name, huge, **hyper)).all(), (name, kind)
+            specs[f"{name} {kind}"] = resolve(name, **hyper)
+
+    @partial(jax.jit, compiler_options=meshes.QUICK)
+    def run(p):
+        value = lambda spec: valued(lambda p: loss(spec, huge._replace(p=p))[0], p)
+        return {key: value(spec) for key, spec in specs.items()}
+
+    for key, found in run(huge.p).items():
+        assert all(np.isfinite(x).all() for x in found), key
 
 
 def test_orpo_of_a_certain_policy_is_finite():
     p = jnp.array([[0.0, -1e-9], [-1e-4, -50.0], [-1.0, -1e-7], [0.0, 0.0]])
-    seq = SeqStats(p, None, jnp.ones((4, 2)))
-    assert np.isfinite(items("orpo", seq)).all() and np.isfinite(slope("orpo", seq)).all()
+    value = lambda p: loss(SPECS["orpo"], SeqStats(p, None, jnp.ones((4, 2))))[0]
+    assert all(np.isfinite(x).all() for x in jax.jit(partial(valued, value))(p))

@@ -1,7 +1,6 @@
 """Losses that look across the batch are those of the global batch, however eight devices cut it."""
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,8 +26,11 @@ def test_the_losses_that_look_across_are_known():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["aot", "kto", "dr_dpo", "beta_dpo", "bco", "rpo_rel", "sft"])
-def test_eight_devices_give_the_loss_of_the_global_batch(name):
+NAMES = ["aot", "kto", "dr_dpo", "beta_dpo", "bco", "rpo_rel", "sft"]
+
+
+def given(name):
+    """Statistics (B, k), what else the loss reads, and a state that is not the first."""
     spec = resolve(name)
     _, batch = example(spec, b=B)
     rng = np.random.default_rng(0)
@@ -36,28 +38,46 @@ def test_eight_devices_give_the_loss_of_the_global_batch(name):
     f = lambda low, high: jnp.asarray(rng.uniform(low, high, (B, k)), jnp.float32)
     seq = SeqStats(-f(1, 40), -f(1, 40), jnp.round(f(3, 30)))
     batch = batch._replace(
-        scores=None, rewards=None, unsafe=None, reward_head=None, vocab=None, progress=None
+        scores=None,
+        rewards=None,
+        unsafe=None,
+        reward_head=None,
+        vocab=None,
+        progress=None,
+        key=None,
     )
-    state = None
-    if spec.state is not None:
-        state = jax.tree.map(lambda x: x + 0.5, spec.state())
+    return seq.p, (seq, batch)
 
-    def run(p, rows):
-        seq, batch = rows
-        per_item, after, curves = loss(spec, seq._replace(p=p), batch, state)
+
+def run(name, p, rows, key):
+    spec, (seq, batch) = resolve(name), rows
+    state = None if spec.state is None else jax.tree.map(lambda x: x + 0.5, spec.state())
+
+    def value(p):
+        per_item, after, curves = loss(spec, seq._replace(p=p), batch._replace(key=key), state)
         return per_item.mean(), (after, curves)
 
-    both = jax.value_and_grad(run, has_aux=True)
-    want = jax.jit(both)(seq.p, (seq, batch))
+    return jax.value_and_grad(value, has_aux=True)(p)
+
+
+@pytest.fixture(scope="module")
+def one_and_eight():
+    """Loss, gradient, state and curves of each loss: on one device, and on eight that share the rows."""
+    rows, key = {name: given(name) for name in NAMES}, jax.random.key(0)
+    compiled = jax.jit(
+        lambda rows, key: {name: run(name, *x, key) for name, x in rows.items()},
+        compiler_options=meshes.QUICK,
+    )
+    want = compiled(rows, key)
     mesh = sharding.make_mesh((8, 1, 1, 1))
-    key, batch = batch.key, batch._replace(key=None)
-
-    def keyed(p, rows, key):
-        return both(p, (rows[0], rows[1]._replace(key=key)))
-
-    at = partial(sharding.batch_sharding, mesh)
     with jax.set_mesh(mesh):
-        p, rows = sharding.place((seq.p, (seq, batch)), at((seq.p, (seq, batch))))
-        assert len(p.sharding.device_set) == 8 and not p.sharding.is_fully_replicated
-        got = jax.jit(keyed, compiler_options=meshes.QUICK)(p, rows, key)
-    meshes.assert_same(got, want, name=name)
+        placed = sharding.place(rows, sharding.batch_sharding(mesh, rows))
+        for p, _ in placed.values():
+            assert len(p.sharding.device_set) == 8 and not p.sharding.is_fully_replicated
+        return want, compiled(placed, key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eight_devices_give_the_loss_of_the_global_batch(name, one_and_eight):
+    want, got = one_and_eight
+    meshes.assert_same(got[name], want[name], name=name)

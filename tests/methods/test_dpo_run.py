@@ -109,6 +109,7 @@ def test_a_resumed_run_has_the_same_bits(finished, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, parameters(folder), parameters(tmp_path))
 
 
+@pytest.mark.slow
 def test_an_arm_starts_from_the_warm_up_of_another_run(finished, tmp_path):
     folder, results = finished
     again = run.run(settings(init_from=str(folder), steps=0), tmp_path / "a")
@@ -215,6 +216,7 @@ def written(path, rows):
     return str(path)
 
 
+@pytest.mark.slow
 def test_unpaired_records_of_a_file_train_kto_against_a_live_reference(tmp_path, capsys):
     rows = [
         {"prompt": f"{x} {y}", "completion": "c d" if good else "e", "label": good}
