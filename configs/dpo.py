@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its variants (survey arXiv:2503.11701): 70 losses, one config.
+"""Direct preference optimisation and its variants (survey arXiv:2503.11701): 89 losses, one config.
 
   python -m jaxrepro.launch --config=configs/dpo.py                     tiny: 2 CPU cores, 2 minutes
   python -m jaxrepro.launch --config=configs/dpo.py --config.loss.name=simpo --config.loss.gamma=0.5
@@ -15,6 +15,8 @@ of the loss.
 
 from ml_collections import ConfigDict, config_dict
 
+from jaxrepro.methods.dpo.registry import hyperparameters
+
 SIZES = {
     "tiny": {"needs": "2 CPU cores, 2 GB", "minutes": "2"},
     "smollm2": {"needs": "2 CPU cores, 8 GB, network once", "minutes": "60 (unmeasured)"},
@@ -23,15 +25,6 @@ SIZES = {
     "paper_mistral_instruct": {"needs": "8 x 80 GB GPU, UltraFeedback", "minutes": "(unmeasured)"},
     "paper_llama3_base": {"needs": "8 x 80 GB GPU, UltraFeedback", "minutes": "(unmeasured)"},
     "paper_llama3_instruct": {"needs": "8 x 80 GB GPU, UltraFeedback", "minutes": "(unmeasured)"},
-}
-# Hyper-parameters of the losses by type: the names in jaxrepro.methods.dpo.registry.
-HYPER = {
-    float: "alpha beta beta_l beta_prime beta_r beta_w c decay delta divergence_alpha eps f final floor "
-    "forget_weight gamma h kl_alpha label_smoothing lam lambda_d lambda_u ld_alpha length_power mix "
-    "nll_weight nu r_max rank_weight retain_weight rho sft_weight tau temperature weight",
-    bool: "bias_correction clamp_weight independent ld_reference length_norm prompt_nll relaxed use_weighting",
-    str: "divergence link offset per positive retain",
-    tuple: "weights",
 }
 SMOLLM2 = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # of its template
 # The four settings of the SimPO study (arXiv:2405.14734): model, data, tokens, SimPO (beta, gamma / beta, lr), DPO lr
@@ -78,9 +71,11 @@ def get_config(size: str = "tiny") -> ConfigDict:
     data.system = ""  # "" = no system turn
     data.template = True  # False: prompts are plain text
 
-    config.loss = ConfigDict(dict(name="sigmoid", shares=()))
-    for kind, names in HYPER.items():
-        config.loss.update({name: config_dict.placeholder(kind) for name in names.split()})
+    paper = size.startswith("paper_") and size in SIZES
+    config.study = size.removeprefix("paper_") if paper else ""  # whose settings `resolve` fills in
+    config.loss = ConfigDict(dict(name="simpo" if paper else "sigmoid", shares=()))
+    for name, kind in hyperparameters().items():
+        config.loss[name] = config_dict.placeholder(kind)
 
     # auto: cached for data that exists, adapter with LoRA, live or synced for drawn pairs, none where it may
     config.reference = ConfigDict(dict(kind="auto", every=512, alpha=0.6))
@@ -103,7 +98,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
         micro_batches=1, warmup=20, schedule="cosine", weight_decay=0.0, max_grad_norm=1.0
     )
     config.sft = ConfigDict(dict(steps=400, batch=64, lr=2e-3, **optimiser))
-    config.dpo = ConfigDict(dict(batch=64, lr=3e-4, **optimiser))
+    lr = config_dict.placeholder(float) if paper else 3e-4
+    config.dpo = ConfigDict(dict(batch=64, lr=lr, **optimiser))
     config.eval = ConfigDict(dict(n=256, samples=4, greedy=False, batch=128))
     config.checkpoint = ConfigDict(dict(every=100, keep=1))
     config.log = ConfigDict(dict(every=1, tensorboard=True, curves=True))
@@ -132,21 +128,40 @@ def get_config(size: str = "tiny") -> ConfigDict:
         config.online.update(dict(every=125, samples=8, slots=256))
         config.dpo.batch = 32
         config.eval.update(dict(n=1000, batch=250))
-    elif size.startswith("paper_") and size in SIZES:
-        path, name, tokens, (beta, ratio, lr), _, shape = PAPER[size.removeprefix("paper_")]
+    elif paper:
+        path, name, tokens, _, _, shape = PAPER[config.study]
         config.steps = 478  # one epoch of 61 thousand pairs
         config.mesh = (1, 8, 1, 1)
         config.seed = 42
         config.model.path, config.model.shape = path, shape
         config.model.dtype, config.model.remat = "bfloat16", "full"
         config.data.update(dict(path=name, max_tokens=tokens, max_completion=tokens // 2))
-        config.loss.name, config.loss.beta, config.loss.gamma = "simpo", beta, ratio * beta
         config.sft.steps = 0
-        config.dpo.update(dict(batch=128, micro_batches=16, lr=lr, warmup=48))
+        config.dpo.update(dict(batch=128, micro_batches=16, warmup=48))
         config.eval.update(dict(n=1000, samples=0, batch=64))
         config.checkpoint.every = 100
     elif size not in SIZES:
         raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
+    return config
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Fills what a study decides and the user left untouched: SimPO's settings, DPO's, DPO's lr for other losses."""
+    if not config.study:
+        return config
+    if config.study not in PAPER:
+        raise ValueError(f"study {config.study!r} is not one of {', '.join(PAPER)}")
+    (beta, ratio, simpo_lr), dpo_lr = PAPER[config.study][3:5]
+    fill = {"dpo.lr": dpo_lr}
+    if config.loss.name == "simpo":
+        beta = beta if config.loss.beta is None else config.loss.beta
+        fill = {"dpo.lr": simpo_lr, "loss.beta": beta, "loss.gamma": ratio * beta}
+    elif config.loss.name == "sigmoid":
+        fill["loss.beta"] = 0.01
+    for name, value in fill.items():
+        section, key = name.split(".")
+        if config[section][key] is None:
+            config[section][key] = value
     return config
 
 

@@ -20,6 +20,8 @@ from jaxrepro.methods.dpo.registry import (
     SeqStats,
     check_batch,
     loss,
+    markdown,
+    markdown_notes,
     mix,
     resolve,
     statistics,
@@ -50,6 +52,15 @@ def test_every_loss_names_its_source(name):
     assert spec.formula.__doc__ and spec.name == name == spec.formula.__name__
     assert spec.reference_free == ("reference" not in spec.needs)
     assert all("\n" not in note for note in spec.notes)
+
+
+def test_the_readmes_table_is_the_registry():
+    import jaxrepro.methods.dpo as package
+
+    text = (Path(package.__file__).parent / "README.md").read_text()
+    assert markdown() in text and markdown_notes() in text and f"{len(REGISTRY)} losses" in text
+    head = (Path(__file__).parents[2] / "configs/dpo.py").read_text().splitlines()[0]
+    assert f"{len(REGISTRY)} losses" in head
 
 
 def test_every_loss_of_trl_is_there():

@@ -325,6 +325,24 @@ def test_settings_that_cannot_work_are_one_line_and_leave_no_workdir(changes, sa
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("size", "changes", "want"),
+    [  # beta, gamma, lr: the table of the SimPO study (arXiv:2405.14734)
+        ("mistral_base", {}, (2.0, 1.6, 3e-7)),
+        ("llama3_instruct", {}, (2.5, 1.375, 1e-6)),
+        ("llama3_instruct", {"loss.name": "sigmoid"}, (0.01, None, 7e-7)),
+        ("llama3_base", {"loss.name": "sigmoid", "loss.beta": 0.1, "dpo.lr": 1e-6}, (0.1, None, 1e-6)),
+        ("llama3_base", {"loss.name": "kto"}, (None, None, 5e-7)),
+        ("mistral_instruct", {"loss.beta": 10.0}, (10.0, 1.0, 5e-7)),
+    ],
+)  # fmt: skip
+def test_a_paper_size_takes_the_studys_settings_of_its_loss(size, changes, want):
+    found = config.load(f"configs/dpo.py:paper_{size}", changes)
+    got = (found.loss.beta, found.loss.gamma, found.dpo.lr)
+    assert got == tuple(w if w is None else pytest.approx(w) for w in want)
+    assert config.load("configs/dpo.py", {}).dpo.lr == 3e-4
+
+
 def test_the_worlds_pairs_follow_their_annotator():
     def pairs(n=400, **who):
         return [world.pair(i, "t", world.Annotator(**who)) for i in range(n)]

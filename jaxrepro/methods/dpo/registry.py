@@ -280,3 +280,24 @@ def hyperparameters() -> dict[str, type]:
             if value is not None or name not in found:
                 found[name] = float if value is None else type(value)
     return dict(sorted(found.items()))
+
+
+def markdown() -> str:
+    """The table of all losses, as it stands in README.md."""
+    shared = {*WEIGHTING, *LENGTH, *DIVERGENCE}
+    out = ["| key | arXiv | evidence | data | defaults |", "|---|---|---|---|---|"]
+    for name, spec in sorted(REGISTRY.items()):
+        usual = WEIGHTING | LENGTH | DIVERGENCE
+        given = {k: v for k, v in spec.defaults.items() if k not in shared or v != usual[k]}
+        hyper = ", ".join(
+            f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in given.items()
+        )
+        evidence = f"**{spec.evidence}**" if spec.evidence == "inferred" else spec.evidence
+        out.append(f"| `{name}` | {spec.arxiv} | {evidence} | {spec.schema} | {hyper} |")
+    return "\n".join(out)
+
+
+def markdown_notes() -> str:
+    """The table of what is worth knowing about a loss, as it stands in README.md."""
+    rows = [f"| `{n}` | {'; '.join(s.notes)} |" for n, s in sorted(REGISTRY.items()) if s.notes]
+    return "\n".join(["| key | note |", "|---|---|", *rows])

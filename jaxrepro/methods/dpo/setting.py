@@ -33,7 +33,7 @@ UNTRAINED = {
     "value": "trains a value head",
     "reward_head": "trains a reward head",
     "embedding": "compares embeddings of prompts",
-    "weights": "weighs tokens by two further models (registry: importance)",
+    "weights": "weighs tokens by two further models",
     "turn": "counts the turns of a response",
     "prompt_p": "learns the prompt too (prompt_nll)",
 }
