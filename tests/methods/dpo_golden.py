@@ -44,22 +44,22 @@ def example(spec, *, b=4, t=5, seed=0):
     """Tokens and a batch with everything that any loss of this schema may ask for."""
     k = SCHEMAS[spec.schema] or {"ranked": 4, "forget": 2}[spec.schema]
     rng = np.random.default_rng(seed)
-    f = lambda *shape: jnp.asarray(rng.uniform(0.1, 1.0, shape), jnp.float32)
+    f = lambda *shape: rng.uniform(0.1, 1.0, shape).astype(np.float32)
     length = rng.integers(1, t + 1, (b, k))
     length[0, :2] = [t, t - 2][: min(k, 2)]
-    mask = jnp.asarray(np.arange(t) < length[..., None])
+    mask = np.arange(t) < length[..., None]
     tokens = Tokenwise(
         -2 * f(b, k, t), -2 * f(b, k, t), mask, log_sum_p2=-f(b, k, t), ref_entropy=f(b, k, t),
-        kl=f(b, k, t), weights=f(b, k, t), turn=jnp.asarray(np.arange(t) // 2 + np.zeros((b, k, 1), int)),
+        kl=f(b, k, t), weights=f(b, k, t), turn=np.arange(t) // 2 + np.zeros((b, k, 1), int),
     )  # fmt: skip
-    scores = jnp.asarray(np.sort(rng.uniform(0.05, 0.95, (b, k)), -1)[:, ::-1].copy(), jnp.float32)
+    scores = np.sort(rng.uniform(0.05, 0.95, (b, k)), -1)[:, ::-1].astype(np.float32)
     batch = Batch(
-        scores=scores, labels=jnp.arange(b) % 2 == 0, ties=jnp.arange(b) % 3 == 0, prompt_weight=f(b),
-        rewards=f(b, k, 1), kl_p=-f(b), kl_q=-2 * f(b), probability=0.5 + f(b) / 2, explore=jnp.arange(b) % 2,
-        age=5 * f(b), unsafe=jnp.asarray(rng.random((b, k)) < 0.4), embedding=f(b, 3), value=f(b),
-        reward_head=f(b, k), vocab=jnp.asarray(7), progress=jnp.asarray(0.5), key=jax.random.key(seed),
+        scores=scores, labels=np.arange(b) % 2 == 0, ties=np.arange(b) % 3 == 0, prompt_weight=f(b),
+        rewards=f(b, k, 1), kl_p=-f(b), kl_q=-2 * f(b), probability=0.5 + f(b) / 2, explore=np.arange(b) % 2,
+        age=5 * f(b), unsafe=rng.random((b, k)) < 0.4, embedding=f(b, 3), value=f(b),
+        reward_head=f(b, k), vocab=np.int32(7), progress=np.float32(0.5), key=jax.random.key(seed),
     )  # fmt: skip
-    return tokens, batch
+    return jax.tree.map(jnp.asarray, (tokens, batch))
 
 
 def close(x, want, **kw):
