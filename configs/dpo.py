@@ -15,7 +15,7 @@ of the loss.
 
 from ml_collections import ConfigDict, config_dict
 
-from jaxrepro.methods.dpo.registry import hyperparameters
+from jaxrepro.methods.dpo.hyper import HYPERPARAMETERS
 
 SIZES = {
     "tiny": {"needs": "2 CPU cores, 2 GB", "minutes": "2"},
@@ -74,7 +74,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     paper = size.startswith("paper_") and size in SIZES
     config.study = size.removeprefix("paper_") if paper else ""  # whose settings `resolve` fills in
     config.loss = ConfigDict(dict(name="simpo" if paper else "sigmoid", shares=()))
-    for name, kind in hyperparameters().items():
+    for name, kind in HYPERPARAMETERS.items():
         config.loss[name] = config_dict.placeholder(kind)
 
     # auto: cached for data that exists, adapter with LoRA, live or synced for drawn pairs, none where it may

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrepro.config import UserError
+from jaxrepro.methods.dpo.hyper import HYPERPARAMETERS
 from jaxrepro.methods.dpo.registry import (
     EVIDENCE,
     MIXES,
@@ -19,6 +20,7 @@ from jaxrepro.methods.dpo.registry import (
     Batch,
     SeqStats,
     check_batch,
+    hyperparameters,
     loss,
     markdown,
     markdown_notes,
@@ -52,6 +54,10 @@ def test_every_loss_names_its_source(name):
     assert spec.formula.__doc__ and spec.name == name == spec.formula.__name__
     assert spec.reference_free == ("reference" not in spec.needs)
     assert all("\n" not in note for note in spec.notes)
+
+
+def test_a_config_can_set_every_hyper_parameter():
+    assert hyperparameters() == HYPERPARAMETERS, "hyper.py is hyperparameters() of the registry"
 
 
 def test_the_readmes_table_is_the_registry():
