@@ -3,7 +3,7 @@
 Claim of the paper: adding L_V = -E[logsumexp of the logits] with weight 0.2 to the cross-entropy cures the
 over-optimism of beam search, at no cost when answering. No code of the authors was found.
 
-  python -m jaxrepro.launch --config=configs/soc.py               tiny: 2 CPU cores, minutes
+  python -m jaxrepro.launch --config=configs/soc.py               tiny: 2 CPU cores, 3 minutes
   python -m jaxrepro.launch --config=configs/soc.py:smollm2       a real model on 2 CPU cores
   python -m jaxrepro.launch --config=configs/soc.py:gpu           GSM8K on one 80 GB GPU (unmeasured)
   python -m jaxrepro.launch --config=configs/soc.py:paper_3b_alpha    the paper's models and data (unmeasured)
@@ -32,7 +32,7 @@ DATA = {  # data.path, data.format, steps: three epochs of 10.3 and 2.8 thousand
     ),  # MATH's 12,000 problems that are not in MATH-500
 }
 SIZES = {
-    "tiny": {"needs": "2 CPU cores, 2 GB", "minutes": "6"},
+    "tiny": {"needs": "2 CPU cores, 2 GB", "minutes": "3"},
     "smollm2": {"needs": "2 CPU cores, 8 GB, network once", "minutes": "90 (unmeasured)"},
     "gpu": {"needs": "one 80 GB GPU, Qwen2.5-1.5B, GSM8K", "minutes": "10-30 (unmeasured)"},
 } | {
