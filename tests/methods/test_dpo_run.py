@@ -110,6 +110,34 @@ def test_a_resumed_run_has_the_same_bits(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss__name": "beta_dpo"},
+        {"loss__name": "alpha_dpo"},
+        {"loss__name": "sampo"},
+        {"loss__name": "sigmoid", "reference__kind": "synced", "reference__every": 1},
+    ],
+    ids=lambda c: "-".join(map(str, c.values())),
+)
+def test_what_a_loss_remembers_survives_an_interruption(changes, tmp_path, monkeypatch):
+    whole = run.run(settings(**changes), tmp_path / "whole")
+    save = Run.save
+
+    def stop(self, i, state, **kwargs):
+        save(self, i, state, **kwargs)
+        if self.stage == "dpo" and i == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.run(settings(**changes), tmp_path / "cut")
+    assert run.run(settings(**changes), tmp_path / "cut") == whole
+    assert logged(tmp_path / "cut", "dpo") == logged(tmp_path / "whole", "dpo")
+
+
+@pytest.mark.slow
 def test_an_arm_starts_from_the_warm_up_of_another_run(finished, tmp_path):
     folder, results = finished
     again = run.run(settings(init_from=str(folder), steps=0), tmp_path / "a")
