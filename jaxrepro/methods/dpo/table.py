@@ -48,7 +48,7 @@ def measure(config: Any, losses: Any) -> dict[str, float]:
         seq = SeqStats(p, q, jnp.ones_like(p))
         return objective.total(losses, seq)[0]
 
-    found = tabular.fit(loss, table, preference, steps=config.steps, lr=1 / beta**2)
+    found = tabular.fit(loss, table, preference, steps=config.steps)
     best = tabular.optimum(table, beta)
     ref = jax.nn.softmax(table.ref)
     return {
