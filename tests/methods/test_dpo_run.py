@@ -10,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxrepro import config
 from jaxrepro.config import UserError
-from jaxrepro.methods.dpo import online, run, world
+from jaxrepro.methods.dpo import online, run, setting, world
 from jaxrepro.methods.dpo.online import Drawn
 from jaxrepro.methods.dpo.registry import REGISTRY, hyperparameters
 from jaxrepro.rewards.judge import Verdict
@@ -149,6 +149,26 @@ def test_an_arm_starts_from_the_warm_up_of_another_run(finished, tmp_path):
     assert arm["after/test/chosen_lp"] == pytest.approx(results["after/test/chosen_lp"], abs=1e-4)
 
 
+def test_evaluate_gives_what_needs_no_start(finished):
+    folder, results = finished
+    found = run.evaluate(settings(), folder)
+    assert found["test/chosen_lp"] == pytest.approx(results["after/test/chosen_lp"], abs=1e-4)
+    assert not {"test/accuracy", "test/kl"} & set(found)
+
+
+def test_the_reference_of_a_round_is_its_policy_with_adapters_too():
+    for changes, kind in (
+        ({"online__kind": "spin", "loss__name": "spin"}, "synced"),
+        ({"online__kind": "xpo", "loss__name": "xpo"}, "adapter"),
+        ({"online__kind": "xpo", "loss__name": "simpo"}, "adapter"),
+        ({}, "adapter"),
+    ):
+        c = settings(lora__rank=2, sft__steps=0, **changes)
+        assert setting.reference(c, setting.mix(c)).kind == kind
+    c = settings(online__kind="xpo", loss__name="simpo")
+    assert setting.reference(c, setting.mix(c)).kind == "live"
+
+
 def test_a_table_ends_at_the_known_optimum(tmp_path):
     found = run.run(settings(model__shape="table", steps=500, loss__beta=0.5), tmp_path)
     assert found["after/table/tv"] < 0.02 and found["after/table/entropy"] > 0.5
@@ -227,10 +247,12 @@ def test_every_loss_of_plain_pairs_trains_with_a_finite_loss(tmp_path):
         for name, spec in REGISTRY.items()
         if spec.schema in ("pair", "scored")
         and not spec.needs - {"reference", "tokens", "log_sum_p2", "ref_entropy", "kl", "scores", "vocab"}
+        and name != "sppo_soft"  # reads win probabilities
     ]  # fmt: skip
     assert len(plain) > 30
     for name in plain:
         extra = {"loss__label_smoothing": 1e-3} if name == "exo_pair" else {}
+        extra |= {"data__annotator": "best"} if name == "odpo" else {}
         folder = tmp_path / name
         run.run(settings(loss__name=name, steps=3, eval__samples=0, **extra), folder)
         assert all(np.isfinite(x["loss"]) for x in logged(folder, "dpo")), name
@@ -338,6 +360,13 @@ def test_a_config_has_every_hyper_parameter_of_the_registry_with_its_type():
         ({"reference__kind": "cached", "online__kind": "online_dpo"}, "before the run"),
         ({"reference__kind": "synced", "reference__alpha": 0.0}, r"\(0, 1\]"),
         ({"online__kind": "online"}, "is not one of"),
+        ({"lora__rank": 2}, "warm-up would train the adapters"),
+        ({"loss__name": "odpo"}, "chosen score above the rejected one"),
+        ({"loss__name": "sppo_soft"}, "win probabilities"),
+        (
+            {"online__kind": "nash_md", "loss__name": "nash_md", "reference__kind": "none"},
+            "reference",
+        ),
         ({"online__kind": "sppo", "online__samples": 1}, "at least 2"),
         ({"data__annotator": "me"}, "is not one of"),
         ({"data__flips": 1.0}, r"\[0, 1\)"),

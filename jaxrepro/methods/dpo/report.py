@@ -35,7 +35,7 @@ def write(run: Any, s: Any, before: Mapping[str, Any], after: Mapping[str, Any])
     if "samples" not in after:
         return
     n = s.config.eval.samples
-    out = ["# Samples of held-out prompts, before and after", ""]
+    out = ["# Samples of test prompts, before and after", ""]
     for i, question in enumerate(s.test[:SHOWN]):
         out += [f"**{question['problem']}**", ""]
         for when, found in (("before", before), ("after", after)):

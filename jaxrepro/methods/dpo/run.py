@@ -122,6 +122,11 @@ def check(config: Any) -> None:
             f"data.max_completion={config.data.max_completion} leaves no room for a prompt in "
             f"data.max_tokens={config.data.max_tokens}"
         )
+    if config.lora.rank and config.sft.steps and not config.init_from:
+        raise UserError(
+            f"lora.rank={config.lora.rank} with sft.steps={config.sft.steps}: the warm-up would train the "
+            "adapters, and the reference is without them; use sft.steps=0, or init_from of a warm-up without"
+        )
     if config.online.kind and not COLDEST <= config.online.temperature <= HOTTEST:
         raise UserError(
             f"online.temperature={config.online.temperature}; drawn pairs need one from {COLDEST} to "
@@ -355,7 +360,9 @@ def evaluate(
         with config.unlocked():
             config.eval.n = n
     s, params = trained(config, workdir)
-    return Examiner(s, judges.resolve(config.judge), lambda: params)(params, "test/")["rates"]
+    rates = Examiner(s, judges.resolve(config.judge), lambda: params)(params, "test/")["rates"]
+    compared = ("test/accuracy", "test/kl")  # with the start, which is not here
+    return {name: value for name, value in rates.items() if not name.startswith(compared)}
 
 
 def sample(

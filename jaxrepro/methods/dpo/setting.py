@@ -100,12 +100,15 @@ def reference(config: Any, losses: Mix) -> Reference:
     needs = programs.needs_of(losses)
     wanted = needs & {"reference", "kl", "ref_entropy", "tokens", "kl_q"}
     if kind == "auto":
-        if not wanted:
+        asks = drawn and online.KINDS[config.online.kind].other in ("reference", "mixture")
+        if not wanted and not asks:
             kind = "none"
+        elif drawn and online.KINDS[config.online.kind].iterated:
+            kind = "synced"  # the policy of the round, adapters or not
         elif config.lora.rank:
             kind = "adapter"
         elif drawn or needs & {"kl", "kl_q"}:
-            kind = "synced" if drawn and online.KINDS[config.online.kind].iterated else "live"
+            kind = "live"
         else:
             kind = "cached"
     every, alpha = config.reference.every, config.reference.alpha
@@ -116,6 +119,14 @@ def reference(config: Any, losses: Mix) -> Reference:
     if kind == "none" and wanted:
         names = "+".join(spec.name for spec, _ in losses)
         raise UserError(f"reference.kind=none, but loss {names} needs a reference; use auto")
+    if (
+        kind == "none"
+        and drawn
+        and online.KINDS[config.online.kind].other in ("reference", "mixture")
+    ):
+        raise UserError(
+            f"reference.kind=none, but online.kind={config.online.kind} draws from the reference; use auto"
+        )
     if kind == "adapter" and not config.lora.rank:
         raise UserError("reference.kind=adapter needs adapters: set lora.rank, or use live")
     if kind == "cached" and drawn:
@@ -208,7 +219,24 @@ def prepare(config: Any) -> Setting:
         count = min(len(found.train), data.n)
         asked = reader.fitting([found.train[i] for i in range(count)], "training")
         test = reader.fitting(found.test, "test")[: config.eval.n]
+    check_scores(losses, train)
     return Setting(config, model, encoder, losses, held_to, train, held, asked, test)
+
+
+def check_scores(losses: Mix, items: Sequence[Item]) -> None:
+    """UserError for scores that a loss cannot read: ODPO's out of order, SPPO's that are no probabilities."""
+    for spec, _ in losses:
+        for one in items:
+            if spec.name == "odpo" and spec.hyper["offset"] == "log" and one["scores"][0] <= one["scores"][1]:  # fmt: skip
+                raise UserError(
+                    f"example {one['id']}: odpo needs a chosen score above the rejected one; drop such pairs "
+                    "(of the letters: data.annotator=best), or use loss.offset=identity"
+                )
+            if spec.name == "sppo_soft" and not all(0 <= p <= 1 for p in one["scores"]):
+                raise UserError(
+                    f"example {one['id']}: sppo_soft reads scores as win probabilities, and they are "
+                    f"{one['scores']}; give numbers in [0, 1]"
+                )
 
 
 def _unlearnt(found: Preferences, k: int, seed: int) -> Preferences:
