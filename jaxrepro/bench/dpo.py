@@ -27,7 +27,7 @@ SHAPES = {
         "response": 64,
         "beta": 0.1,
         "lr": 1e-6,
-        "memory": {"rows": 2, "positions": 2048, "d": 64, "vocab": 151936, "chunk": 256},
+        "memory": {"rows": 2, "positions": 2048, "d": 64, "vocab": 151936, "chunks": [256, 1024]},
         "peer": True,
     },
     "qwen2_1_5b": {
@@ -39,7 +39,7 @@ SHAPES = {
         "response": 512,
         "beta": 0.1,
         "lr": 1e-6,
-        "memory": {"rows": 8, "positions": 8192, "d": 1536, "vocab": 151936, "chunk": 1024},
+        "memory": {"rows": 8, "positions": 8192, "d": 1536, "vocab": 151936, "chunks": [256, 1024]},
         "peer": False,
     },
 }
@@ -98,8 +98,8 @@ def ours(params: Any, cfg: Any, shape: Mapping[str, Any], kind: str) -> Callable
     return call
 
 
-def temporary(shape: Mapping[str, Any]) -> tuple[float, float]:
-    """Bytes that XLA needs for log-probs and gradient: in chunks, and from all logits."""
+def temporary(shape: Mapping[str, Any]) -> tuple[dict[int, float], float]:
+    """Bytes that XLA needs for log-probs and gradient: by size of a chunk, and from all logits."""
     import jax
     import jax.numpy as jnp
 
@@ -116,20 +116,21 @@ def temporary(shape: Mapping[str, Any]) -> tuple[float, float]:
         lp = jax.nn.log_softmax(z.astype(jnp.float32))
         return jnp.take_along_axis(lp, targets[..., None], -1).sum()
 
-    def chunked(hidden, head, targets):
-        return token_log_probs(hidden, head, targets, chunk=m["chunk"]).sum()
+    def chunked(hidden, head, targets, chunk):
+        return token_log_probs(hidden, head, targets, chunk=chunk).sum()
 
     def needs(fn):
         program = jax.jit(jax.grad(fn, argnums=(0, 1))).lower(hidden, head, targets).compile()
         return float(program.memory_analysis().temp_size_in_bytes)
 
-    return needs(chunked), needs(plain)
+    return {chunk: needs(partial(chunked, chunk=chunk)) for chunk in m["chunks"]}, needs(plain)
 
 
 def bench(shape: Mapping[str, Any], rounds: int) -> harness.Report:
     """Seconds of a DPO step with either reference; a note on memory."""
     import jax
 
+    from jaxrepro.methods.dpo import programs
     from jaxrepro.models import transformer
 
     cfg = lm.config(shape)
@@ -145,12 +146,15 @@ def bench(shape: Mapping[str, Any], rounds: int) -> harness.Report:
         cases["jaxrepro"] = ours(params, cfg, shape, kind)
         timed = harness.interleave(cases, rounds)
         groups.append(harness.group(f"DPO step, {what}", "s", timed, peers=list(cases)[:-1]))
-    chunked, plain = temporary(shape)
+    by_chunk, plain = temporary(shape)
     m = shape["memory"]
+    some = ", ".join(
+        f"{size / 2**20:.0f} MiB in chunks of {chunk} ({size / plain:.2f} of it)"
+        for chunk, size in by_chunk.items()
+    )
     notes.append(
         f"temporary memory of {m['positions']} log-probs and their gradient at vocabulary {m['vocab']:,}: "
-        f"{chunked / 2**20:.0f} MiB in chunks of {m['chunk']}, {plain / 2**20:.0f} MiB from all logits "
-        f"({chunked / plain:.2f} of it)"
+        f"{plain / 2**20:.0f} MiB from all logits, {some}; a run takes {programs.CHUNK}"
     )
     return harness.Report(groups, notes, packages)
 
