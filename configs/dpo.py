@@ -190,7 +190,7 @@ def get_claims(size: str = "tiny") -> dict:
         "flips_robust": {"data.flips": 0.3, "loss.name": "robust", "loss.label_smoothing": 0.3},
         "robust": {"loss.name": "robust", "loss.label_smoothing": 0.1},
         "length_dpo": {"data.annotator": "length"},
-        "length_rdpo": {"data.annotator": "length", "loss.name": "rdpo_len", "loss.alpha": 0.5},
+        "length_rdpo": {"data.annotator": "length", "loss.name": "rdpo_len", "loss.alpha": 0.1},
         "length_simpo": {"data.annotator": "length"} | {"loss.name": "simpo", **TEN["simpo"]},
         "length_ld": {"data.annotator": "length", "loss.ld_alpha": 0.5},
         "length_sampo": {"data.annotator": "length", "loss.name": "sampo"},
@@ -256,7 +256,7 @@ def get_claims(size: str = "tiny") -> dict:
                 more(f"edit_{arm}", "edit_dpo", lower, f"{name} lowers it less", f"displacement, {name}")
                 for arm, name in (("dpop", "DPOP"), ("apo_zero", "APO-zero"), ("sft", "DPO + SFT"))
             ),
-            less("best_ipo", "best_dpo", "after/test/kl", "where the better answer always wins, IPO stays nearer to the start than DPO", "bounded"),
+            less("best_ipo", "best_dpo", "after/test/kl", "where the better answer always wins, IPO (tau .2, token means) ends nearer to the start than DPO (beta .1)", "nearer"),
             more("forward_kl", "sigmoid", "after/test/entropy", "forward KL keeps more entropy than reverse KL", "entropy, forward KL"),
             more("jensen_shannon", "sigmoid", "after/test/entropy", "Jensen-Shannon keeps more entropy than reverse KL", "entropy, Jensen-Shannon"),
             *(

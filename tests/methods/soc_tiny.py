@@ -1,16 +1,14 @@
 """Helper: SOC at its smallest, compiled fast and each program once."""
 
-import contextlib
-import functools
-
-import jax
-import pytest
-from jax.experimental.compilation_cache import compilation_cache
+import sys
+from pathlib import Path
 
 from jaxrepro import config as configuration
 from jaxrepro.train import policy
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import compiled
+
 SHAPE = dict(d=32, layers=1, heads=4, kv=2, head_dim=8, ffn=48)
 SETTINGS = {
     "steps": 4,
@@ -35,18 +33,6 @@ def config(**changes):
     return configuration.load("configs/soc.py:tiny", SETTINGS | changes)
 
 
-@contextlib.contextmanager
 def small(folder):
     """A small model under the name of its shape, quick compilation, programs cached in `folder`."""
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: getattr(jax.config, name) for name in names}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(policy.SHAPES, "tiny_2", policy.SHAPES["tiny_2"] | SHAPE)
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
-        for name, value in zip(names, (str(folder), 0.1)):
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    return compiled.small(folder, (policy.SHAPES, "tiny_2", policy.SHAPES["tiny_2"] | SHAPE))

@@ -1,17 +1,15 @@
 """Helper: StepGRPO at its smallest, compiled fast and each program once."""
 
-import contextlib
-import functools
-
-import jax
-import pytest
-from jax.experimental.compilation_cache import compilation_cache
+import sys
+from pathlib import Path
 
 from jaxrepro import config as configuration
 from jaxrepro.data.synthetic import generator
 from jaxrepro.methods.stepgrpo import task
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import compiled
+
 TEXT = dict(d=32, heads=4, kv=2, head_dim=8, ffn=32, mrope_sections=(1, 2, 1))
 VISION = dict(embed=32, heads=4, mlp=32, out=32)
 LONGEST = generator("digits").max_solution + 5
@@ -48,19 +46,7 @@ def config(**changes):
     return configuration.load("configs/stepgrpo.py:tiny", SETTINGS | changes)
 
 
-@contextlib.contextmanager
 def small(folder, layers=1):
     """A small model under the name of size tiny, quick compilation, programs cached in `folder`."""
     shape = TEXT | {"layers": layers}, VISION | {"depth": layers}
-    names = "compilation_cache_dir", "persistent_cache_min_compile_time_secs"
-    before = {f"jax_{n}": getattr(jax.config, f"jax_{n}") for n in names}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(task.SHAPES, "tiny", shape)
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
-        for name, value in zip(before, (str(folder), 0.1)):
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    return compiled.small(folder, (task.SHAPES, "tiny", shape))

@@ -157,7 +157,7 @@ def test_robust_is_unbiased_over_flips(rows, e):
     expected = (1 - e) * items("robust", seq, label_smoothing=e) + e * items(
         "robust", flipped, label_smoothing=e
     )
-    close(expected, items("sigmoid", seq), rtol=1e-3, atol=1e-3 / (1 - 2 * e))
+    close(expected, items("sigmoid", seq), rtol=1e-5, atol=1e-5 / (1 - 2 * e))
 
 
 @quick

@@ -1,12 +1,12 @@
 """A preference run: what it writes, how it goes on, what it draws, what it refuses."""
 
-import functools
 import json
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxrepro import config
 from jaxrepro.config import UserError
@@ -17,7 +17,9 @@ from jaxrepro.rewards.judge import Verdict
 from jaxrepro.train import policy
 from jaxrepro.train.loop import Run
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import compiled
+
 SMALL = {
     "steps": 4,
     "sft.steps": 2,
@@ -43,21 +45,11 @@ def settings(**changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def small(tmp_path_factory):
-    """A model of one thin layer, compiled quickly and each program once; caches of this test's own."""
-    shape = dict(d=16, layers=1, heads=2, kv=1, head_dim=8, ffn=16)
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: getattr(jax.config, name) for name in names}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(policy.SHAPES, "letters", policy.SHAPES["letters"] | shape)
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+    """A model of one thin layer; caches of this test's own."""
+    shape = policy.SHAPES["letters"] | dict(d=16, layers=1, heads=2, kv=1, head_dim=8, ffn=16)
+    with compiled.small(tmp_path_factory.mktemp("xla"), (policy.SHAPES, "letters", shape)) as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.1)):
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The fine-tuning run: what it counts, what it writes, how it goes on, what it refuses."""
 
-import functools
 import json
 import re
 import shutil
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxrepro import cli, config, evaluate, export, sample
 from jaxrepro.config import UserError
@@ -22,6 +20,7 @@ from jaxrepro.train import policy, quiz, sft
 from jaxrepro.train.loop import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import compiled
 import meshes
 
 SMALL = {
@@ -42,25 +41,12 @@ def settings(**changes):
     )
 
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The tiny shape, made smaller; compiled quickly, and each program once."""
-    shape = dict(d=32, layers=1, heads=4, kv=2, head_dim=8, ffn=48)
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: getattr(jax.config, name) for name in names}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(policy.SHAPES, "tiny", policy.SHAPES["tiny"] | shape)
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
-        for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.1)):
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+    """The tiny shape, made smaller."""
+    shape = policy.SHAPES["tiny"] | dict(d=32, layers=1, heads=4, kv=2, head_dim=8, ffn=48)
+    with compiled.small(tmp_path_factory.mktemp("xla"), (policy.SHAPES, "tiny", shape)):
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

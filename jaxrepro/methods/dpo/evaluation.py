@@ -127,7 +127,8 @@ class Sampled:
         out = {"rates": rates, "values": values, "texts": texts}
         if baseline is not None:
             wins = win(values, baseline)
-            found_wins = stats.bootstrap(np.array(wins))
+            # samples of one prompt are no independent items: the interval is over prompts
+            found_wins = stats.bootstrap(np.reshape(wins, (-1, n)).mean(1))
             rates |= {
                 f"{prefix}win_rate": found_wins.mean,
                 f"{prefix}win_rate_lo": found_wins.lo,
