@@ -45,7 +45,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config = ConfigDict()
     config.method = "dpo"
     config.seed = 0
-    config.steps = 300
+    config.steps = 200
     config.mesh = (1, 1, 1, 1)  # data, fsdp, sequence, tensor
     config.init_from = config_dict.placeholder(str)  # a workdir: start from its last parameters
 
@@ -177,98 +177,103 @@ TEN = {  # losses that are compared on the same data, seeds and warm-up; default
     "orpo": {},
     "dpop": {"loss.lam": 5.0},
 }
+NEAR = 0.5  # beta of a DPO that stays nearer to its start: the control of losses that move less
+LENGTH = {  # answers to an annotator with a taste for length
+    "rdpo": ("R-DPO", {"loss.name": "rdpo_len", "loss.alpha": 0.1}),
+    "simpo": ("SimPO", {"loss.name": "simpo"} | TEN["simpo"]),
+    "ld": ("LD-DPO", {"loss.ld_alpha": 0.5}),
+    "sampo": ("SamPO", {"loss.name": "sampo"}),
+}
+EDIT = {  # answers to pairs that differ in one letter
+    "dpop": ("DPOP", {"loss.name": "dpop"} | TEN["dpop"]),
+    "apo_zero": ("APO-zero", {"loss.name": "apo_zero"}),
+    "sft": ("DPO + SFT", {"loss.name": "sigmoid+sft"}),
+}
+
+
+def _arms() -> dict:
+    arms = {name: {"loss.name": name} | more for name, more in TEN.items()}
+    arms |= {f"sigmoid_{100 * beta:.0f}": {"loss.beta": beta} for beta in (0.03, 0.3, 1.0)}
+    arms |= {"table": {"model.shape": "table", "steps": 2000, "loss.beta": 0.5}}
+    best = {"model.shape": "table", "data.annotator": "best"}
+    for name, beta in (("sigmoid", 0.5), ("ipo", 0.2)):
+        loss = {"loss.name": name, "loss.beta": beta}
+        arms |= {f"best_{name}_{n}": best | {"steps": n} | loss for n in (2000, 8000)}
+    robust = lambda flips, e: {
+        "data.flips": flips,
+        "loss.name": "robust",
+        "loss.label_smoothing": e,
+    }
+    arms |= {"robust": robust(0.0, 0.1), "flips_40_half": robust(0.4, 0.2)}
+    for flips in (20, 40):
+        arms[f"flips_{flips}"] = {"data.flips": flips / 100}
+        arms[f"flips_{flips}_robust"] = robust(flips / 100, flips / 100)
+    for annotator, curbs in (("length", LENGTH), ("edit", EDIT)):
+        by = {"data.annotator": annotator}
+        arms |= {f"{annotator}_dpo": by, f"{annotator}_near": by | {"loss.beta": NEAR}}
+        arms |= {f"{annotator}_{key}": by | loss for key, (_, loss) in curbs.items()}
+    return arms | {kind: {"loss.divergence": kind} for kind in ("forward_kl", "jensen_shannon")}
 
 
 def get_claims(size: str = "tiny") -> dict:
-    """Arms and pre-registered claims of a size; all arms of a seed start from one warm-up."""
+    """Arms and pre-registered claims of a size; all arms of a seed start from one warm-up.
+
+    `python -m jaxrepro.methods.dpo.frontier` sets the ten losses beside DPO's own line of win rate against KL.
+    """
     if size != "tiny":
         return {"arms": {"sigmoid": {}}, "claims": ()}
-    arms = {name: {"loss.name": name} | more for name, more in TEN.items()}
-    arms |= {
-        "table": {"model.shape": "table", "steps": 2000, "loss.beta": 0.5},
-        "flips_dpo": {"data.flips": 0.3},
-        "flips_robust": {"data.flips": 0.3, "loss.name": "robust", "loss.label_smoothing": 0.3},
-        "robust": {"loss.name": "robust", "loss.label_smoothing": 0.1},
-        "length_dpo": {"data.annotator": "length"},
-        "length_rdpo": {"data.annotator": "length", "loss.name": "rdpo_len", "loss.alpha": 0.1},
-        "length_simpo": {"data.annotator": "length"} | {"loss.name": "simpo", **TEN["simpo"]},
-        "length_ld": {"data.annotator": "length", "loss.ld_alpha": 0.5},
-        "length_sampo": {"data.annotator": "length", "loss.name": "sampo"},
-        "edit_dpo": {"data.annotator": "edit"},
-        "edit_dpop": {"data.annotator": "edit", "loss.name": "dpop", "loss.lam": 5.0},
-        "edit_apo_zero": {"data.annotator": "edit", "loss.name": "apo_zero"},
-        "edit_sft": {"data.annotator": "edit", "loss.name": "sigmoid+sft"},
-        "best_dpo": {"data.annotator": "best"},
-        "best_ipo": {"data.annotator": "best", "loss.name": "ipo", "loss.beta": 0.2},
-        "forward_kl": {"loss.divergence": "forward_kl"},
-        "jensen_shannon": {"loss.divergence": "jensen_shannon"},
-    }
-    less = lambda arm, baseline, metric, says, name: {
-        "name": name, "kind": "paired_difference", "direction": "<", "arm": arm,
-        "baseline": baseline, "metric": metric, "says": says,
-    }  # fmt: skip
-    more = lambda *words: less(*words) | {"direction": ">"}
-    longer, lower = "test/length_change", "test/chosen_lp_change"
-    return {
-        "seeds": 5,
-        "prelude": {"steps": 0},
-        "arms": arms,
-        "claims": (
-            {
-                "name": "optimum",
-                "kind": "threshold",
-                "arm": "table",
-                "metric": "after/table/tv",
-                "direction": "<",
-                "bound": 0.02,
-                "says": "on infinitely many Bradley-Terry pairs DPO ends at ref exp(r / beta), total variation < 0.02",
-            },
-            more("flips_robust", "flips_dpo", "after/test/accuracy", "with 30 % of the labels turned round, rDPO is right on more held-out pairs than DPO", "noise"),
-            {
-                "name": "no noise",
-                "kind": "equivalence",
-                "arm": "robust",
-                "baseline": "sigmoid",
-                "metric": "after/test/accuracy",
-                "margin": 0.03,
-                "says": "without noise rDPO and DPO differ by less than 3 points",
-            },
-            {
-                "name": "DPO grows",
-                "kind": "threshold",
-                "arm": "length_dpo",
-                "metric": longer,
-                "says": "an annotator with a taste for length makes DPO's samples longer",
-            },
-            *(
-                less(f"length_{arm}", "length_dpo", longer, f"{name} grows less than DPO", f"length, {name}")
-                for arm, name in (("rdpo", "R-DPO"), ("simpo", "SimPO"), ("ld", "LD-DPO"), ("sampo", "SamPO"))
-            ),
-            {
-                "name": "DPO displaces",
-                "kind": "threshold",
-                "arm": "edit_dpo",
-                "metric": lower,
-                "direction": "<",
-                "says": "on near-duplicates DPO lowers the log-probability of chosen answers",
-            },
-            *(
-                more(f"edit_{arm}", "edit_dpo", lower, f"{name} lowers it less", f"displacement, {name}")
-                for arm, name in (("dpop", "DPOP"), ("apo_zero", "APO-zero"), ("sft", "DPO + SFT"))
-            ),
-            less("best_ipo", "best_dpo", "after/test/kl", "where the better answer always wins, IPO (tau .2, token means) ends nearer to the start than DPO (beta .1)", "nearer"),
-            more("forward_kl", "sigmoid", "after/test/entropy", "forward KL keeps more entropy than reverse KL", "entropy, forward KL"),
-            more("jensen_shannon", "sigmoid", "after/test/entropy", "Jensen-Shannon keeps more entropy than reverse KL", "entropy, Jensen-Shannon"),
-            *(
-                {
-                    "name": f"{name} wins",
-                    "kind": "threshold",
-                    "arm": name,
-                    "metric": "after/test/win_rate",
-                    "bound": 0.5,
-                    "says": f"samples after {name} beat those of the start (KL beside it in the table)",
-                }
-                for name in TEN
-            ),
+    right, grown, lower = "after/test/accuracy", "test/length_change", "test/chosen_lp_change"
+    entropy, wins, kl = "after/test/entropy", "after/test/win_rate", "after/table/kl"
+
+    def more(name, arm, baseline, metric, says, direction=">"):
+        return dict(
+            name=name, kind="paired_difference", arm=arm, baseline=baseline, metric=metric,
+            direction=direction, says=says,
+        )  # fmt: skip
+
+    def less(*words):
+        return more(*words, direction="<")
+
+    def above(name, arm, metric, says, bound=0.0, direction=">"):
+        return dict(
+            name=name, kind="threshold", arm=arm, metric=metric, bound=bound, direction=direction, says=says
+        )  # fmt: skip
+
+    def same(name, arm, baseline, metric, margin, says):
+        return dict(
+            name=name, kind="equivalence", arm=arm, baseline=baseline, metric=metric, margin=margin, says=says
+        )  # fmt: skip
+
+    claims = [
+        above("optimum", "table", "after/table/tv", "on infinitely many Bradley-Terry pairs DPO ends at ref exp(r / beta), total variation < 0.02", 0.02, "<"),
+        more("no bound", "best_sigmoid_8000", "best_sigmoid_2000", kl, "where the better answer always wins, DPO (beta .5) is further from its start after 8,000 steps than after 2,000: a table of answers, no sampling error"),
+        same("bound", "best_ipo_8000", "best_ipo_2000", kl, 0.01, "there IPO (tau .2) has come to rest"),
+        *(
+            more(f"noise, {flips} %", f"flips_{flips}_robust", f"flips_{flips}", right, f"with {flips} % of the labels turned round, rDPO that is told so is right on more held-out pairs than DPO")
+            for flips in (20, 40)
         ),
-    }  # fmt: skip
+        more("noise, half told", "flips_40_half", "flips_40", right, "with 40 % turned round, rDPO that is told 20 % is right more often than DPO"),
+        same("no noise", "robust", "sigmoid", right, 0.03, "without noise rDPO (e .1) and DPO differ by less than 3 points"),
+        above("DPO grows", "length_dpo", grown, "an annotator with a taste for length makes DPO's samples longer"),
+        *(
+            less(f"length, {name}{than}", f"length_{key}", f"length_{base}", grown, f"{name} grows less than {whom}")
+            for key, (name, _) in LENGTH.items()
+            for than, base, whom in (("", "dpo", "DPO"), (" against near DPO", "near", f"DPO of beta {NEAR}, which moves less"))
+        ),
+        above("DPO displaces", "edit_dpo", lower, "on near-duplicates DPO lowers the log-probability of chosen answers", direction="<"),
+        *(
+            more(f"displacement, {name}{than}", f"edit_{key}", f"edit_{base}", lower, f"{name} lowers it less than {whom}")
+            for key, (name, _) in EDIT.items()
+            for than, base, whom in (("", "dpo", "DPO"), (" against near DPO", "near", f"DPO of beta {NEAR}, which moves less"))
+        ),
+        more("entropy, forward KL", "forward_kl", "jensen_shannon", entropy, "forward KL keeps more entropy than Jensen-Shannon"),
+        more("entropy, Jensen-Shannon", "jensen_shannon", "sigmoid", entropy, "Jensen-Shannon keeps more entropy than reverse KL"),
+        above("DPO wins", "sigmoid", wins, "samples after DPO beat those of the start", 0.5),
+        *(
+            more(f"{name} against DPO", name, "sigmoid", wins, f"samples after {name} beat the start's more often than those after DPO (one setting each, KL beside it)")
+            for name in TEN
+            if name != "sigmoid"
+        ),
+        less("temperature", "sigmoid_100", "sigmoid", "after/test/kl", "DPO of beta 1 ends nearer to the start than DPO of beta .1"),
+    ]  # fmt: skip
+    return {"seeds": 5, "prelude": {"steps": 0}, "arms": _arms(), "claims": tuple(claims)}

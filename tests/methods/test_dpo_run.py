@@ -410,3 +410,12 @@ def test_the_worlds_pairs_follow_their_annotator():
         assert len(a) == len(b) and sum(x != y for x, y in zip(a, b)) == 1
         assert p["score_chosen"] > p["score_rejected"]
     assert fair == pairs() and world.reward("a b", "") == -world.SCALE
+
+
+def test_held_out_prompts_of_the_world_are_never_trained_on():
+    asked = lambda held: {
+        *(world.pair(i, "t", held=held)["prompt"] for i in range(300)),
+        *(world.demonstration(i, "t", held=held)["problem"] for i in range(300)),
+    }
+    assert asked(False).isdisjoint(asked(True)) and len(asked(True)) > 200
+    assert all(map(world.is_held, asked(True)))

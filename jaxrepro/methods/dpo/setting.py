@@ -26,7 +26,6 @@ from jaxrepro.methods.dpo.world import Annotator
 from jaxrepro.train import policy
 from jaxrepro.train.policy import Policy
 
-HELD = 200_000  # a stream of held-out pairs never meets one of training
 PAIRS = {"pair", "scored", "tie", "multi", "step"}  # schemas whose records are pairs, and more
 # What no run here has, by input and by schema; the losses are there for use from Python.
 UNTRAINED = {
@@ -196,14 +195,14 @@ def prepare(config: Any) -> Setting:
                 f"loss {config.loss.name} reads {schema} records; the letters are pairs"
             )
         who = annotator(config)
-        make = lambda i, stream, who: encoder.schema.validate(world.pair(i, stream, who), stream)
+        make = lambda *of, **held: encoder.schema.validate(world.pair(*of, **held), of[1])
         stream = f"train {config.seed}"
         if not config.online.kind:
             train = [rows.item(encoder, make(i, stream, who), needs) for i in range(data.n)]
         best = Annotator("edit" if who.kind == "edit" else "best")
-        held = [rows.item(encoder, make(HELD + i, "test", best)) for i in range(config.eval.n)]
+        held = [rows.item(encoder, make(i, "test", best, held=True)) for i in range(config.eval.n)]
         asked = [world.demonstration(i, stream) for i in range(data.n)]
-        test = [world.demonstration(i, "test") for i in range(config.eval.n)]
+        test = [world.demonstration(i, "test", held=True) for i in range(config.eval.n)]
     else:
         found = questions.load(
             path=data.path,

@@ -1,15 +1,17 @@
 """A world whose reward is known: strings of 16 letters, preferred by their value to the prompt.
 
-    r(x, y) = 4 mean_i (v[y_i] + [y_i in x])          y: 2 to 10 letters, x: two letters
+    r(x, y) = 4 mean_i (v[y_i] + [y_i in x])          y: 2 to 10 letters, x: three letters
     P(y_1 beats y_2 | x) = sigmoid(r_1 - r_2)           Bradley-Terry; other annotators are below
 
 A mean over the letters, so length is worth nothing by itself. Answers are drawn from a fixed Markov chain, the
 world's reference: what supervised fine-tuning on `demonstration` learns. Everything is a function of an index and
-the name of a stream, so data has no end and needs no file.
+the name of a stream, so data has no end and needs no file. Of the 3,360 prompts an eighth, chosen by hash, is held
+out: only records with held=True ask them.
 """
 
 import math
 import random
+import zlib
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ from jaxrepro.config import UserError
 
 LETTERS = "abcdefghijklmnop"
 SHORTEST, LONGEST = 2, 10
+ASKED = 3  # letters of a prompt
+HELD = 8  # one prompt in so many is held out
 STOP = 0.2  # probability of an end after each letter from SHORTEST on
 SCALE = 4.0
 ANNOTATORS = ("bradley_terry", "best", "length", "edit")
@@ -41,6 +45,9 @@ class Annotator(NamedTuple):
             raise UserError(f"data.annotator={self.kind!r} is not one of {', '.join(ANNOTATORS)}")
         if not 0 <= self.flips < 1:
             raise UserError(f"data.flips={self.flips} must lie in [0, 1)")
+
+
+FAIR = Annotator()
 
 
 @lru_cache
@@ -72,9 +79,17 @@ def judge(prompt: str, completions: list[str], example: Mapping[str, Any]) -> li
     return [reward(prompt, text) for text in completions]
 
 
-def ask(rng: random.Random) -> str:
-    """A prompt: two different letters."""
-    return " ".join(rng.sample(LETTERS, 2))
+def is_held(prompt: str) -> bool:
+    """Whether a prompt is held out; the same on every machine."""
+    return zlib.crc32(prompt.encode()) % HELD == 0
+
+
+def ask(rng: random.Random, held: bool) -> str:
+    """A prompt: different letters."""
+    while True:
+        found = " ".join(rng.sample(LETTERS, ASKED))
+        if is_held(found) == held:
+            return found
 
 
 def answer(rng: random.Random) -> str:
@@ -86,16 +101,18 @@ def answer(rng: random.Random) -> str:
     return " ".join(said)
 
 
-def demonstration(index: int, stream: str) -> dict[str, Any]:
-    """A prompt with an answer of the reference."""
+def demonstration(index: int, stream: str, *, held: bool = False) -> dict[str, Any]:
+    """A prompt, held out or not, with an answer of the reference."""
     rng = random.Random(f"demonstration/{stream}/{index}")
-    return {"id": f"{stream} {index}", "problem": ask(rng), "solution": answer(rng)}
+    return {"id": f"{stream} {index}", "problem": ask(rng, held), "solution": answer(rng)}
 
 
-def pair(index: int, stream: str, annotator: Annotator) -> dict[str, Any]:
+def pair(
+    index: int, stream: str, annotator: Annotator = FAIR, *, held: bool = False
+) -> dict[str, Any]:
     """Pair `index` of a stream: id, prompt, chosen, rejected, and the true rewards score_{chosen, rejected}."""
     rng = random.Random(f"pair/{annotator.kind}/{stream}/{index}")
-    prompt = ask(rng)
+    prompt = ask(rng, held)
     if annotator.kind == "edit":
         chosen, rejected = _edited(rng, prompt)
     else:

@@ -1,0 +1,156 @@
+"""Win rate against KL: do losses beat DPO, or have they only moved further?
+
+    python -m jaxrepro.methods.dpo.frontier [--results=results/dpo-tiny-cpu.json] [--picture=frontier.png]
+
+A policy that moves further from its start usually wins more, so losses of one setting each can't be ranked by win
+rate alone. DPO's own temperature draws a line of win rate against KL; a loss is compared with the line at its KL,
+seed by seed. Between its points the line is straight in sqrt(KL), after the reward-KL curves of
+arXiv:2210.10760; it begins at the start (KL 0, win rate 1/2), and beyond its last point it is level, which is said.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from jaxrepro import cli, config, files, results, stats
+from jaxrepro.config import UserError
+
+FILE = config.ROOT / "results" / "dpo-tiny-cpu.json"
+LINE = ("sigmoid_100", "sigmoid_30", "sigmoid", "sigmoid_3")  # DPO of beta 1, .3, .1, .03
+LOSSES = (
+    "ipo",
+    "hinge",
+    "exo_pair",
+    "nca_pair",
+    "apo_zero",
+    "sigmoid_norm",
+    "simpo",
+    "orpo",
+    "dpop",
+)
+KL, WIN, LENGTH = "after/test/kl", "after/test/win_rate", "after/test/length"
+
+
+class Row(NamedTuple):
+    """One arm over its seeds."""
+
+    name: str
+    kl: stats.Interval
+    win: stats.Interval
+    above: (
+        stats.Interval | None
+    )  # win rate minus the line's at the same KL; None for the line itself
+    beyond: int  # seeds whose KL the line does not reach
+    length: float  # mean tokens a sample
+
+
+def level(kl: float, line: Sequence[tuple[float, float]]) -> float:
+    """Win rate of the line at a KL; line: points (KL, win rate)."""
+    x, y = np.array(sorted([(0.0, 0.5), *line])).T
+    return float(np.interp(np.sqrt(max(kl, 0.0)), np.sqrt(np.maximum(x, 0.0)), y))
+
+
+def rows(data: Mapping[str, Any]) -> list[Row]:
+    """The line's arms, then the losses by how far they are above it."""
+    arms = {name: arm["per_seed"] for name, arm in data.get("arms", {}).items()}
+    if lacks := [name for name in (*LINE, *LOSSES) if not arms.get(name)]:
+        raise UserError(
+            f"the results lack the arms {', '.join(lacks)}; run the whole study of configs/dpo.py:tiny"
+        )
+    seeds = sorted(set.intersection(*(set(arms[name]) for name in (*LINE, *LOSSES))))
+    found = []
+    for name in (*LINE, *LOSSES):
+        kl, win, length = ([arms[name][s][metric] for s in seeds] for metric in (KL, WIN, LENGTH))
+        above, beyond = None, 0
+        if name in LOSSES:
+            lines = [[(arms[a][s][KL], arms[a][s][WIN]) for a in LINE] for s in seeds]
+            above = stats.student_t([w - level(k, line) for k, w, line in zip(kl, win, lines)])
+            beyond = sum(k > max(line)[0] for k, line in zip(kl, lines))
+        found.append(
+            Row(
+                name,
+                stats.student_t(kl),
+                stats.student_t(win),
+                above,
+                beyond,
+                float(np.mean(length)),
+            )
+        )
+    return found[: len(LINE)] + sorted(found[len(LINE) :], key=lambda row: -row.above.mean)
+
+
+def table(found: Sequence[Row], seeds: int) -> str:
+    """Markdown."""
+    text = results.interval_text
+    lines = [
+        "| loss | KL to the start, nats | win rate against the start | above DPO's line at its KL | tokens a sample |"
+    ]
+    lines += ["|---|---|---|---|---|"]
+    for row in found:
+        above = "the line" if row.above is None else text(*row.above[:3])
+        if row.beyond:
+            above += f" (further than the line in {row.beyond} of {seeds} seeds)"
+        lines += [
+            f"| `{row.name}` | {text(*row.kl[:3])} | {text(*row.win[:3])} | {above} | {row.length:.1f} |"
+        ]
+    return "\n".join(lines)
+
+
+def draw(found: Sequence[Row], path: Path) -> None:
+    """The line and the losses, with intervals over seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    line = sorted((row.kl.mean, row.win.mean) for row in found if row.above is None)
+    x = np.linspace(0, line[-1][0], 200)
+    axes.plot(x, [level(k, line) for k in x], color="0.6", label="DPO, beta 1 to .03")
+    for row in found:
+        own = row.above is None
+        spread = {
+            f"{a}err": [[v.mean - v.lo], [v.hi - v.mean]]
+            for a, v in (("x", row.kl), ("y", row.win))
+        }
+        axes.errorbar(
+            row.kl.mean,
+            row.win.mean,
+            **spread,
+            fmt="o",
+            color="0.6" if own else "#1f5fa8",
+            elinewidth=0.8,
+        )
+        if not own:
+            axes.annotate(
+                row.name,
+                (row.kl.mean, row.win.mean),
+                (4, -9),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    axes.set(xlabel="KL to the start, nats a response", ylabel="win rate against the start")
+    axes.legend(frameon=False, loc="lower right")
+    with files.whole(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the table; draws the picture where one is named."""
+    parser = flags.FlagValues()
+    of = dict(flag_values=parser)
+    flags.DEFINE_string("results", str(FILE), "results of the study of configs/dpo.py:tiny", **of)
+    flags.DEFINE_string("picture", None, "where to draw the picture (PNG)", **of)
+    cli.parse_flags(parser, argv, __doc__)
+    data = files.read_json(parser["results"].value)
+    found = rows(data)
+    print(table(found, len(data["seeds"])))
+    if parser["picture"].value:
+        draw(found, Path(parser["picture"].value))
+
+
+if __name__ == "__main__":
+    cli.main(main)
