@@ -83,7 +83,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
 
     config.online = ConfigDict(
         dict(
-            kind="",  # online_dpo, iterative, spin, sppo, xpo, selm, nash_md; "": data exists
+            kind="",  # online_dpo, iterative, spin, sppo, xpo, selm, nash_md, ipo_md; "": data exists
             every=1,  # steps of a round
             samples=2,
             temperature=0.9,
@@ -94,12 +94,14 @@ def get_config(size: str = "tiny") -> ConfigDict:
             slots=64,  # responses that are drawn at a time
         )
     )
+    config.online.keep = config_dict.placeholder(int)  # earlier rounds learnt from too; None: of spin 1, else 0
     optimiser = dict(
         micro_batches=1, warmup=20, schedule="cosine", weight_decay=0.0, max_grad_norm=1.0
     )
     config.sft = ConfigDict(dict(steps=400, batch=64, lr=2e-3, **optimiser))
     lr = config_dict.placeholder(float) if paper else 3e-4
     config.dpo = ConfigDict(dict(batch=64, lr=lr, **optimiser))
+    config.dpo.optimiser = config_dict.placeholder(str)  # adamw (None), rmsprop
     config.eval = ConfigDict(dict(n=256, samples=4, greedy=False, batch=128))
     config.checkpoint = ConfigDict(dict(every=100, keep=1))
     config.log = ConfigDict(dict(every=1, tensorboard=True, curves=True))
