@@ -1,4 +1,7 @@
-"""The optimiser of a run: AdamW with a schedule, and weight decay on matrices only."""
+"""The optimiser of a run: AdamW or RMSprop with a schedule, and weight decay on matrices only.
+
+RMSprop: v = b2 v + (1 - b2) g^2,  p -= lr g / (sqrt(v) + eps), no momentum (b2 .99, as torch has it)
+"""
 
 import math
 import re
@@ -12,6 +15,7 @@ from jaxrepro.config import UserError
 from jaxrepro.sharding import path_of
 
 SCHEDULES = ("constant", "linear", "cosine")
+OPTIMISERS = ("adamw", "rmsprop")
 _NO_DECAY = re.compile(r"(norm|bias|scale|ln|b|b[qkvo])\d*|.*_(norm|bias|scale|b)\d*|(norm|ln)_.*")
 
 
@@ -57,12 +61,16 @@ def schedule(name: str, lr, steps: int, warmup: int = 0, end=0.0) -> Callable:
 
 
 def optimizer(config, steps: int | None = None) -> Scheduled:
-    """AdamW from a config that has `lr`, and optionally `steps`, `schedule`, `warmup` (steps),
-    `end_lr` (share of lr), `weight_decay`, `b1`, `b2`, `eps`. `steps` wins over `config.steps`.
+    """The optimiser of a config that has `lr`, and optionally `optimiser` (of OPTIMISERS; none: adamw), `steps`,
+    `schedule`, `warmup` (steps), `end_lr` (share of lr), `weight_decay`, `b1` (of adamw), `b2`, `eps`. `steps` wins
+    over `config.steps`.
 
-    Clipping is the step's (`max_grad_norm`); freezing too (`trainable`).
+    Clipping is the step's (`max_grad_norm`); freezing too (`trainable`). Weight decay is decoupled in both.
     """
     get = config.get
+    kind = get("optimiser") or "adamw"
+    if kind not in OPTIMISERS:
+        raise UserError(f"optimiser={kind!r} is unknown; use one of {', '.join(OPTIMISERS)}")
     steps = int(get("steps", 1) if steps is None else steps)
     lr = float(config["lr"])
     for name, value, high in (
@@ -77,14 +85,16 @@ def optimizer(config, steps: int | None = None) -> Scheduled:
     rate = schedule(
         get("schedule", "constant"), lr, steps, int(get("warmup", 0)), float(get("end_lr", 0.0))
     )
-    adamw = optax.adamw(
-        rate,
-        b1=get("b1", 0.9),
-        b2=get("b2", 0.999),
-        eps=get("eps", 1e-8),
-        weight_decay=get("weight_decay", 0.0),
-        mask=decays,
-    )
-    result = Scheduled(*adamw)
+    eps, decay = get("eps", 1e-8), get("weight_decay", 0.0)
+    if kind == "adamw":
+        b1, b2 = get("b1", 0.9), get("b2", 0.999)
+        rule = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=decay, mask=decays)
+    else:
+        rule = optax.chain(
+            optax.scale_by_rms(get("b2", 0.99), eps, eps_in_sqrt=False),
+            optax.add_decayed_weights(decay, decays),
+            optax.scale_by_learning_rate(rate),
+        )
+    result = Scheduled(*rule)
     result.schedule = rate
     return result
