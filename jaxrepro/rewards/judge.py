@@ -129,8 +129,12 @@ def ask(judge: Judge, prompt: str, completions: Sequence[str], example: Mapping)
     values = np.array([[_value(x, judge) for x in row] for row in rows], np.float64)
     if not matrix:
         return Verdict(values.reshape(n), None, int(np.isnan(values).sum()))
-    beats = _probabilities(values, judge)
-    others = ~np.isnan(beats) & ~np.eye(n, dtype=bool)
+    return of_probabilities(_probabilities(values, judge))
+
+
+def of_probabilities(beats: np.ndarray) -> Verdict:
+    """The verdict of P(i beats j) (n, n); a completion's score is the mean over the others."""
+    others = ~np.isnan(beats) & ~np.eye(len(beats), dtype=bool)
     count = others.sum(1)
     total = np.where(others, beats, 0.0).sum(1)
     scores = np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -65,7 +65,7 @@ def nash_md(s, batch, *, beta=0.1):
     return (sg(lp - ref) * lp).sum(-1) * beta - (batch.scores[:, 0] - 0.5) * s.plain[:, 0]
 
 
-@variant("2403.08635", "inferred")
+@variant("2403.08635", "inferred", notes=("both samples of the mixture: online.kind=ipo_md",))
 def ipo_md(s, batch, *, beta=0.1):
     """IPO-MD: (D - 1/(2 beta))^2 on two samples of the mixture of policy and reference."""
     return (s.d - 1 / (2 * beta)) ** 2

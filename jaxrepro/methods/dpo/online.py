@@ -11,9 +11,12 @@
 | xpo        | one of the policy, one of the reference | in the judge's order                 | fixed     |
 | selm       | K of the policy                      | best and worst by the judge             | the policy of the round |
 | nash_md    | one of the policy, one of the mixture | P(the policy's beats the mixture's)    | fixed     |
+| ipo_md     | two of the mixture                   | in the judge's order                    | fixed     |
 
 online_dpo: arXiv:2402.04792; iterative: 2312.11456, 2401.10020; spin: 2401.01335; sppo: 2405.00675; xpo:
-2405.21046; selm: 2405.19332; nash_md: 2312.00886. That SELM's explored response is the chosen one is inferred.
+2405.21046; selm: 2405.19332; nash_md: 2312.00886; ipo_md: 2403.08635. Inferred: that SELM's explored response is
+the chosen one, and all of ipo_md. SPIN's rounds accumulate: `online.keep` earlier rounds are learnt from too; that
+it is one, the last, is inferred.
 
 A round is kept in the workdir (once/round-*.json): prompts, seeds, completions, scores, choices and the steps
 of policy and reference. A resumed run reads it there and draws nothing twice.
@@ -25,28 +28,34 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrepro.config import UserError
-from jaxrepro.rewards.judge import Judge, Verdict, ask
+from jaxrepro.rewards.judge import Judge, Verdict, ask, of_probabilities
 
 
 class Kind(NamedTuple):
     """How a round makes its pairs."""
 
     samples: int | None  # of the policy; None: online.samples
-    other: str = ""  # whose response is the second: "demonstration", "reference", "mixture"
+    other: str = ""  # whose responses follow: "demonstration", "reference", "mixture"
+    others: int = 1  # how many those are
     iterated: bool = False  # the reference of a round is the policy that drew it
     single: bool = False  # one response an item, with the probability that it wins
     gives: frozenset[str] = frozenset({"probability"})  # what an item says about its responses
+    keep: int = 0  # earlier rounds that are learnt from too, where online.keep says nothing
 
 
 KINDS = {
     "online_dpo": Kind(None),
     "iterative": Kind(None, iterated=True),
-    "spin": Kind(1, other="demonstration", iterated=True, gives=frozenset()),
+    "spin": Kind(1, other="demonstration", iterated=True, gives=frozenset(), keep=1),
     "sppo": Kind(None, iterated=True, gives=frozenset({"probability", "scores"})),
     "xpo": Kind(1, other="reference", gives=frozenset({"probability", "explore"})),
     "selm": Kind(None, iterated=True, gives=frozenset({"probability", "explore"})),
     "nash_md": Kind(1, other="mixture", single=True, gives=frozenset({"scores"})),
+    "ipo_md": Kind(0, other="mixture", others=2),
 }
+
+
+REFERENCES = ("reference", "mixture")  # of `Kind.other`: what is drawn from the reference
 
 
 class Drawn(NamedTuple):
@@ -68,9 +77,15 @@ def check(kind: str, samples: int) -> None:
 def scores(
     judge: Judge, example: Mapping[str, Any], drawn: Sequence[Drawn], *, penalty: float = 0.0
 ) -> Verdict:
-    """The judge's verdict on responses; a response without an end has `penalty` less (in scores alone)."""
+    """The judge's verdict on responses; a response without an end has `penalty` less.
+
+    Of a judge that gives probabilities it comes off P(it beats a response with an end), which stay in [0, 1].
+    """
     found = ask(judge, example["problem"], [d.text for d in drawn], example)
-    return found._replace(scores=found.scores - penalty * np.array([not d.ended for d in drawn]))
+    less = penalty * np.array([float(not d.ended) for d in drawn])
+    if found.beats is None:
+        return found._replace(scores=found.scores - less)
+    return of_probabilities(np.clip(found.beats - less[:, None] + less[None], 0.0, 1.0))
 
 
 def win_probabilities(values: np.ndarray, scale: float) -> np.ndarray:

@@ -88,6 +88,14 @@ def reference_params(reference: Reference, params: Any, extra: Any) -> Any:
     return extra["reference"] if reference.kind in ("live", "synced") else None
 
 
+def moved(reference: Reference, state: State) -> Any:
+    """The synced copy to which the update from `state` is held: after every `every` updates it has moved."""
+    due = (state.step > 0) & (state.step % reference.every == 0)
+    share = jnp.where(due, reference.alpha, 0.0)
+    mix_in = lambda new, old: share * new + (1 - share) * old
+    return jax.tree.map(mix_in, state.params, state.extra["reference"])
+
+
 # Scores ----------------------------------------------------------------------------------------
 
 
@@ -207,10 +215,7 @@ def prepare(
     parts = lambda fn, rows: in_parts(fn, rows, micro_batches)
     ref_params = reference_params(reference, state.params, extra)
     if reference.kind == "synced":
-        due = (state.step > 0) & (state.step % reference.every == 0)
-        share = jnp.where(due, reference.alpha, 0.0)
-        mix_in = lambda new, old: share * new + (1 - share) * old
-        ref_params = jax.tree.map(mix_in, state.params, ref_params)
+        ref_params = moved(reference, state)
         extra = extra | {"reference": ref_params}
     if ref_params is not None:
         found = parts(lambda r: reference_scores(ref_params, cfg, r, needs), rows)

@@ -74,8 +74,8 @@ def balance(
 ) -> str | None:
     """A warning where KTO's weights lambda_D and lambda_U do not balance the labels of unpaired records.
 
-    It names the weights that would: the rarer label's goes up. None where they balance. UserError for a
-    weight that is not above 0.
+    It names the weight that would: the rarer label's goes up. None where they balance. UserError for a weight that
+    is not above 0.
     """
     if not (desirable > 0 and undesirable > 0):
         raise UserError(

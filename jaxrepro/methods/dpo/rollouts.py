@@ -69,9 +69,9 @@ class Writer:
 class Mixture:
     """Draws from the geometric mixture of policy and reference, of Nash-MD (arXiv:2312.00886)."""
 
-    def __init__(self, s: Setting, *, temperature: float, share: float, batch: int):
-        """share: of the reference."""
-        self._s, self._batch = s, batch
+    def __init__(self, s: Setting, *, temperature: float, share: float, batch: int, n: int = 1):
+        """share: of the reference. batch: responses at a time; n: to each question."""
+        self._s, self._batch = s, max(1, batch // n)
         sampling = Sampling(
             max_new=s.config.data.max_completion,
             eos=(s.policy.tokenizer.eos,),
@@ -83,12 +83,12 @@ class Mixture:
         @partial(sharding.on_mesh, s.policy.mesh)
         @jax.jit
         def draw(params, ref, asked, ids, key):
-            params, _ = lora.merge(params, s.policy.cfg)
+            params, ref = (lora.merge(p, s.policy.cfg)[0] for p in (params, ref))
             x, other = (transformer.embed(p, cfg, asked.tokens) for p in (params, ref))
             prompts = Prompts(x, asked.position, asked.segment, asked.next_position)
             blend = Blend(ref, other, share)
             out = generate(
-                params, cfg, prompts, request_ids=ids, key=key, sampling=sampling, n=1, blend=blend
+                params, cfg, prompts, request_ids=ids, key=key, sampling=sampling, n=n, blend=blend
             )
             return out.tokens, out.length, out.finish
 
@@ -96,8 +96,8 @@ class Mixture:
 
     def __call__(
         self, params: Any, ref_params: Any, questions: Sequence[Any], *, key: Any, first: int = 0
-    ) -> list[Drawn]:
-        """A response to each question. first: id of the first one."""
+    ) -> list[list[Drawn]]:
+        """n responses to each question. first: id of the first one."""
         s, out = self._s, []
         shape = rows.shape_of([{"prompt": prompt(s, q), "responses": [[]]} for q in questions])
         parts = sharding.row_parts(s.policy.mesh)
@@ -109,9 +109,9 @@ class Mixture:
             prompts = rows.collate(items, shape, pad=s.policy.tokenizer.pad).prompts
             ids = np.arange(first + at, first + at + size, dtype=np.int32)
             found = self._draw(params, ref_params, policy.place(s.policy, prompts), ids, key)
-            for tokens, length, finish in zip(*(a[:, 0] for a in sharding.fetch(found))):
-                ids = tokens[:length]
-                out.append(Drawn(ids.tolist(), text(s, ids), bool(finish == FINISH_EOS)))
+            for each in zip(*sharding.fetch(found)):
+                cut = [(t[:length], bool(finish == FINISH_EOS)) for t, length, finish in zip(*each)]
+                out.append([Drawn(t.tolist(), text(s, t), ended) for t, ended in cut])
         return out[: len(questions)]
 
 
@@ -142,7 +142,7 @@ def draw_round(
     """
     config = s.config.online
     kind = online.KINDS[config.kind]
-    n = kind.samples or config.samples
+    n = config.samples if kind.samples is None else kind.samples
     want = s.config.dpo.batch * config.every
     key = jax.random.fold_in(jax.random.key(s.config.seed), r)
     keys = jax.random.split(key)
@@ -153,17 +153,19 @@ def draw_round(
         count = want - len(items)
         at = [(start + asked + i) % len(s.asked) for i in range(count)]
         questions = [s.asked[i] for i in at]
-        own = writers["policy"](params, questions, n=n, key=keys[0], first=asked)
-        other: list[list[Drawn]] = [[] for _ in questions]
+        own: list[list[Drawn]] = [[] for _ in questions]
+        other = own
+        if n:
+            found = writers["policy"](params, questions, n=n, key=keys[0], first=asked)
+            own = [drawn for drawn, _ in found]
         if kind.other == "demonstration":
             other = [[demonstration(s, q)] for q in questions]
         elif kind.other == "mixture":
-            found = writers["mixture"](params, ref_params, questions, key=keys[1], first=asked)
-            other = [[drawn] for drawn in found]
+            other = writers["mixture"](params, ref_params, questions, key=keys[1], first=asked)
         elif kind.other == "reference":
             found = writers["reference"](ref_params, questions, n=1, key=keys[1], first=asked)
             other = [drawn for drawn, _ in found]
-        for q, (drawn, _), more in zip(questions, own, other):
+        for q, drawn, more in zip(questions, own, other):
             responses = [*drawn, *more]
             verdict = None
             if kind.other != "demonstration":

@@ -99,6 +99,7 @@ def check(config: Any) -> None:
         ("sft.batch", config.sft.batch, 1),
         ("online.every", config.online.every, 1),
         ("online.tries", config.online.tries, 1),
+        ("online.keep", config.online.keep or 0, 0),
         ("eval.n", config.eval.n, 1),
         ("eval.samples", config.eval.samples, 0),
         ("eval.batch", config.eval.batch, 1),
@@ -242,11 +243,17 @@ class Rounds:
         self._run, self._s, self._judge = run, s, judge
         config = s.config.online
         self._every, self._round, self._data = config.every, -1, None
+        self._moved = jax.jit(partial(programs.moved, s.reference))
+        self._keep = online.KINDS[config.kind].keep if config.keep is None else config.keep
         writer = partial(rollouts.Writer, s, temperature=config.temperature, slots=config.slots)
         self._writers = {"policy": writer(), "reference": writer()}
         if online.KINDS[config.kind].other == "mixture":
             self._writers["mixture"] = rollouts.Mixture(
-                s, temperature=config.temperature, share=config.mixture, batch=config.slots
+                s,
+                temperature=config.temperature,
+                share=config.mixture,
+                batch=config.slots,
+                n=online.KINDS[config.kind].others,
             )
 
     def batch(self, i: int, state: Any, arrays: Any) -> batches.Batch:
@@ -255,19 +262,39 @@ class Rounds:
         if r != self._round:
             draw = lambda: (
                 rollouts.draw_round(
-                    s, self._writers, state.params, self._reference(state), r, self._judge
+                    s, self._writers, state.params, self._reference(i, state), r, self._judge
                 )
                 | {"policy_step": i, "reference_step": self._reference_step(i)}
             )
-            found = self._run.once(f"round-{r:06d}", draw)
-            self._data = batches.dataset(found["items"], arrays, batch=s.config.dpo.batch)
+            found = self._earlier(r) + self._run.once(f"round-{r:06d}", draw)["items"]
+            # A round alone is read as it was drawn; earlier ones are mixed in.
+            seed = (s.config.seed + r) % 2**32 if self._keep and r else None
+            self._data = batches.dataset(found, arrays, batch=s.config.dpo.batch, seed=seed)
             self._round = r
         return self._data[i - r * self._every]
 
-    def _reference(self, state: Any) -> Any:
-        if self._s.reference.kind == "adapter":
+    def _earlier(self, r: int) -> list[Item]:
+        """The items of the rounds before round r that are kept; this run has drawn them."""
+        items = []
+        for j in range(max(0, r - self._keep), r):
+
+            def lost(j: int = j) -> Any:
+                raise UserError(
+                    f"online.keep: round {j} is not in the workdir any more; start again"
+                )
+
+            items += self._run.once(f"round-{j:06d}", lost)["items"]
+        return items
+
+    def _reference(self, i: int, state: Any) -> Any:
+        """The reference that update i is held to, where a round is drawn from it too."""
+        kind = self._s.reference.kind
+        if online.KINDS[self._s.config.online.kind].other not in online.REFERENCES:
+            return None
+        if kind == "adapter":
             return lora.off(state.params)
-        return state.extra["reference"]
+        moves = kind == "synced" and self._reference_step(i) == i > 0
+        return self._moved(state) if moves else state.extra["reference"]
 
     def _reference_step(self, i: int) -> int:
         reference = self._s.reference

@@ -99,7 +99,7 @@ def reference(config: Any, losses: Mix) -> Reference:
     needs = programs.needs_of(losses)
     wanted = needs & {"reference", "kl", "ref_entropy", "tokens", "kl_q"}
     if kind == "auto":
-        asks = drawn and online.KINDS[config.online.kind].other in ("reference", "mixture")
+        asks = drawn and online.KINDS[config.online.kind].other in online.REFERENCES
         if not wanted and not asks:
             kind = "none"
         elif drawn and online.KINDS[config.online.kind].iterated:
@@ -113,16 +113,17 @@ def reference(config: Any, losses: Mix) -> Reference:
     every, alpha = config.reference.every, config.reference.alpha
     if kind == "synced" and drawn and config.reference.kind == "auto":
         every, alpha = config.online.every, 1.0  # the reference is the policy that drew the round
+    if config.reference.kind == "synced" and 0 < config.steps <= every:
+        raise UserError(
+            f"reference.every={every} with steps={config.steps}: the reference would never move; use fewer "
+            "than steps, or reference.kind=auto"
+        )
     if kind not in programs.REFERENCES:
         raise UserError(f"reference.kind={kind!r} is not one of {', '.join(programs.REFERENCES)}")
     if kind == "none" and wanted:
         names = "+".join(spec.name for spec, _ in losses)
         raise UserError(f"reference.kind=none, but loss {names} needs a reference; use auto")
-    if (
-        kind == "none"
-        and drawn
-        and online.KINDS[config.online.kind].other in ("reference", "mixture")
-    ):
+    if kind == "none" and drawn and online.KINDS[config.online.kind].other in online.REFERENCES:
         raise UserError(
             f"reference.kind=none, but online.kind={config.online.kind} draws from the reference; use auto"
         )
@@ -182,7 +183,7 @@ def prepare(config: Any) -> Setting:
         kept = encoder.fitting(found.train, "training")
         train = [rows.item(encoder, r, needs) for r in kept]
         held = [as_pair(rows.item(encoder, r), schema) for r in test_records]
-        if schema == "unpaired" and (note := records.balance(kept)):
+        for note in balances(losses, kept) if schema == "unpaired" else ():
             print(f"{data.path}: {note}", flush=True)
         test = [as_question(r) for r in test_records]
         asked = [as_question(r) for r in kept if schema == "forget" or r.get("label", True)]
@@ -220,6 +221,13 @@ def prepare(config: Any) -> Setting:
         test = reader.fitting(found.test, "test")[: config.eval.n]
     check_scores(losses, train)
     return Setting(config, model, encoder, losses, held_to, train, held, asked, test)
+
+
+def balances(losses: Mix, kept: Sequence[Any]) -> list[str]:
+    """What `records.balance` says of the losses that weigh labels; a weight of 0 is meant."""
+    weights = [[spec.hyper.get(name) for name in ("lambda_d", "lambda_u")] for spec, _ in losses]
+    found = [records.balance(kept, desirable=d, undesirable=u) for d, u in weights if d and u]
+    return [note for note in found if note]
 
 
 def check_scores(losses: Mix, items: Sequence[Item]) -> None:
