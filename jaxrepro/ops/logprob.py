@@ -1,12 +1,13 @@
-"""Statistics of next-token distributions without the (tokens, vocabulary) array.
+"""Statistics of next-token distributions, of a chunk of tokens at a time.
 
     z = h W / T,    lse = logsumexp(z),    lp = z_y - lse,    p = exp(z - lse),    H = lse - sum_j p_j z_j   (nats)
     d lp / d z_j = [j = y] - p_j,    d lse / d z_j = p_j,    d H / d z_j = -p_j (log p_j + H)
     KL(q || p) = sum_j q_j (log q_j - log p_j),    d KL / d z_j = p_j - q_j
 
-Tokens go through in chunks. Forward keeps h and the lse; backward computes the logits again (where
-there is one chunk, they are kept) and sums dW in float32. A chunk takes the same number of positions of
-every batch row, so a batch that is sharded stays where it lies.
+Where all tokens fit into one chunk, their logits (tokens, vocabulary) are held, and kept for backward. Where they
+do not, that array never exists: forward keeps h and the lse, backward computes the logits of each chunk again and
+sums dW in float32. A chunk takes the same number of positions of every batch row, so a batch that is sharded stays
+where it lies.
 """
 
 from collections.abc import Callable

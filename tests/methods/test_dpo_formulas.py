@@ -179,9 +179,10 @@ def test_retaining_with_kl_or_with_nothing():
     rows = [Item(tokens, batch, i) for i in range(4)]
     forget = np.array([20 * S(-0.1 * x.a[0]) for x in rows])
     seq = statistics(tokens, spec)
+    tokens_kept = np.asarray(tokens.mask)[:, 1].sum(-1).mean()  # a token mean, as the NLL is
     close(
         items("npo", seq, retain="kl", retain_weight=2),
-        forget + 2 * np.array([x.kl[1] for x in rows]),
+        forget + 2 * np.array([x.kl[1] for x in rows]) / tokens_kept,
     )
     close(items("npo", seq, retain="none"), forget)
     close(mean("npo", first(seq)), forget.mean())

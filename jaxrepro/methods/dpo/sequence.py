@@ -213,4 +213,9 @@ def nll(
         return -lp
     if per == "sequence":
         return -lp / n
-    return -lp / (n.mean() if batch.mean_chosen_tokens is None else batch.mean_chosen_tokens)
+    return -lp / mean_tokens(n, batch)
+
+
+def mean_tokens(n: Float[Array, "b"], batch: Batch) -> Float[Array, ""]:
+    """The divisor of a mean over tokens: the global batch's mean length of what is learnt, else that of n."""
+    return n.mean() if batch.mean_chosen_tokens is None else batch.mean_chosen_tokens

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxrepro.methods.dpo.links import logistic
-from jaxrepro.methods.dpo.sequence import nll
+from jaxrepro.methods.dpo.sequence import mean_tokens, nll
 from jaxrepro.methods.dpo.spec import Result, variant
 
 sg = jax.lax.stop_gradient
@@ -114,10 +114,15 @@ def ulma(s, batch, *, beta=0.1, positive="nll"):
 
 
 def _retain(s, batch, kind):
-    """What keeps the rest: of response 1, its token-mean NLL or its KL(ref || pi); 0 where there is none."""
+    """What keeps the rest: of response 1, the token mean of its NLL or KL(ref || pi); 0 where there is none."""
     if s.p.shape[1] == 1 or kind == "none":
         return 0.0
-    return nll(s, batch, 1) if kind == "nll" else s.response_sum("kl")[:, 1]
+    if kind == "nll":
+        return nll(s, batch, 1)
+    return s.response_sum("kl")[:, 1] / mean_tokens(s.length[:, 1], batch)
+
+
+KEPT = "retain=kl is a mean over the kept tokens, as retain=nll is (inferred)"
 
 
 @variant(
@@ -125,6 +130,7 @@ def _retain(s, batch, kind):
     "official",
     schema="forget",
     choices={"retain": ("nll", "kl", "none")},
+    notes=(KEPT,),
 )
 def npo(s, batch, *, beta=0.1, retain="nll", retain_weight=1.0):
     """NPO: (2/beta) S(-beta a) of response 0, to be forgotten, + what keeps response 1, if there is one."""
@@ -137,7 +143,7 @@ def npo(s, batch, *, beta=0.1, retain="nll", retain_weight=1.0):
     needs="",
     schema="forget",
     choices={"retain": ("nll", "kl", "none")},
-    notes=("gamma stands inside beta, as in the official code",),
+    notes=("gamma stands inside beta, as in the official code", KEPT),
 )
 def simnpo(s, batch, *, beta=2.5, gamma=0.0, forget_weight=0.1375, retain="nll", retain_weight=1.0):
     """SimNPO: weight (2/beta) S(beta (-pb - gamma)) of response 0 + what keeps response 1."""
