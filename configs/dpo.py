@@ -94,7 +94,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
             slots=64,  # responses that are drawn at a time
         )
     )
-    config.online.keep = config_dict.placeholder(int)  # earlier rounds learnt from too; None: of spin 1, else 0
+    config.online.keep = config_dict.placeholder(
+        int
+    )  # earlier rounds learnt from too; None: of spin 1, else 0
     optimiser = dict(
         micro_batches=1, warmup=20, schedule="cosine", weight_decay=0.0, max_grad_norm=1.0
     )

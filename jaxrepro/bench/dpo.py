@@ -130,8 +130,8 @@ def bench(shape: Mapping[str, Any], rounds: int) -> harness.Report:
     """Seconds of a DPO step with either reference; a note on memory."""
     import jax
 
-    from jaxrepro.methods.dpo import programs
     from jaxrepro.models import transformer
+    from jaxrepro.ops.logprob import chunk_of
 
     cfg = lm.config(shape)
     params = jax.jit(partial(transformer.init, cfg=cfg))(jax.random.key(0))
@@ -154,7 +154,7 @@ def bench(shape: Mapping[str, Any], rounds: int) -> harness.Report:
     )
     notes.append(
         f"temporary memory of {m['positions']} log-probs and their gradient at vocabulary {m['vocab']:,}: "
-        f"{plain / 2**20:.0f} MiB from all logits, {some}; a run takes {programs.CHUNK}"
+        f"{plain / 2**20:.0f} MiB from all logits, {some}; a run takes {chunk_of(m['vocab'])}"
     )
     return harness.Report(groups, notes, packages)
 

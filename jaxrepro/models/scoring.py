@@ -30,7 +30,7 @@ def completion_log_probs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> Any:
     """lp (b, n, c) float32 [, entropy (b, n, c)] of n completions per prompt; 0 at and after `length`.
 
@@ -93,7 +93,7 @@ def nll(
     tokens: Tokens,
     *,
     responses: int | None = None,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed negative log-probability (nats) of the response tokens, and their number.
 

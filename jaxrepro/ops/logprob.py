@@ -23,6 +23,7 @@ from jaxrepro.sharding import constrain, parts_of
 
 GRADED = ("lp", "lse", "entropy", "mean_logit")
 CURVES = ("max_prob", "top1", "absmax", "log_sum_p2")  # no gradient flows through these
+MOST = 1 << 26  # logits that are held at a time: 256 MiB in float32
 OUTSIDE = -1e30  # a logit beyond the vocabulary: finite, so that 0 * it is 0
 
 
@@ -47,13 +48,18 @@ def shift(
     return later(tokens), later(response) & same
 
 
+def chunk_of(vocab: int) -> int:
+    """Positions whose logits are held at a time where nothing is said: a power of two, at most 1024."""
+    return min(1024, 1 << max(0, (MOST // vocab).bit_length() - 1))
+
+
 def token_log_probs(
     hidden: Float[Array, "*b d"],
     head: Float[Array, "d v"],
     targets: Int[Array, "*b"],
     *,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
     entropy: bool = False,
 ) -> Any:
     """float32 log-probability (nats) of each target [, entropy of its distribution]: see `token_stats`."""
@@ -69,7 +75,7 @@ def token_stats(
     want: tuple[str, ...],
     *,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
     vocab: int | None = None,
 ) -> dict[str, Float[Array, "*b"]]:
     """The statistics `want` of each position's distribution, float32, any leading axes.
@@ -80,7 +86,7 @@ def token_stats(
 
     head is float32 or not; the product runs in hidden's dtype and accumulates in float32. Mask what
     comes out: there is no mask here. The first axis of three or more is the batch; memory is chunk * v
-    floats (at least batch * v) on each device over which the mesh splits the batch. vocab: columns of the
+    floats (at least batch * v; None: `chunk_of`) on each device over which the mesh splits the batch. vocab: columns of the
     head from there on are padding, and count nowhere.
     """
     if not temperature > 0:
@@ -102,7 +108,7 @@ def token_kl(
     ref_hidden: Float[Array, "*b d"],
     ref_head: Float[Array, "d v"],
     *,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> Float[Array, "*b"]:
     """KL(reference || policy) of each position's distribution (nats, float32), chunked as `token_stats`.
 
@@ -191,7 +197,7 @@ def _chunked(hidden, head, rows, other, kind, temperature, chunk):
     """The outputs of `kind`, each of the leading axes of `hidden`."""
     lead = hidden.shape[:-1]
     b = lead[0] if len(lead) > 1 else 1
-    chunk *= parts_of(b)  # of each device
+    chunk = (chunk or chunk_of(head.shape[-1])) * parts_of(b)  # of each device
     flat = lambda a: a.reshape(b, -1, *a.shape[len(lead) :])
     settings = (kind, float(temperature), max(1, chunk // b))
     out = _scored(flat(hidden), head, flat(rows), other, *settings)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrepro.ops.logprob import chunk_of
 from jaxrepro.train.state import select, trainable_mask
 
 
@@ -120,9 +121,9 @@ def vision_activations(cfg, rows: int, patches: int, *, parts: int = 1) -> dict[
     }
 
 
-def logits_chunk(vocab: int, chunk: int, *, parts: int = 1):
+def logits_chunk(vocab: int, *, parts: int = 1):
     """Logits of one chunk of tokens and their gradient, float32; `parts`: devices on the vocabulary."""
-    return jax.ShapeDtypeStruct((2, chunk, -(-vocab // parts)), jnp.float32)
+    return jax.ShapeDtypeStruct((2, chunk_of(vocab), -(-vocab // parts)), jnp.float32)
 
 
 def estimate(plan: Plan) -> dict[str, int]:

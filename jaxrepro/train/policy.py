@@ -282,7 +282,7 @@ def plan(
         opt=memory.sharded(state.opt, state_shardings(state, shardings, mesh).opt),
         trainable=trainable(cfg),
         activations={"decoder": memory.decoder_activations(cfg, micro, t, parts=parts)},
-        logits=memory.logits_chunk(cfg.vocab, 1024, parts=mesh.shape["tensor"]),
+        logits=memory.logits_chunk(cfg.vocab, parts=mesh.shape["tensor"]),
         batch=memory.sharded(batch, sharding.batch_sharding(mesh, batch)),
         mesh=mesh,
         stage=stage,

@@ -207,7 +207,7 @@ def test_a_round_is_learnt_alone_and_spin_with_the_one_before(prepared, monkeypa
 
 
 def test_a_kept_round_that_is_lost_is_named(prepared, monkeypatch):
-    ids, _, rounds = rounds_of(prepared, monkeypatch, 1, online__kind="spin", loss__name="spin")
+    _, _, rounds = rounds_of(prepared, monkeypatch, 1, online__kind="spin", loss__name="spin")
     del rounds._run.found["round-000001"]
     state = State(jnp.asarray(4), {}, None, {"reference": None})
     with pytest.raises(UserError, match="round 1 is not in the workdir"):

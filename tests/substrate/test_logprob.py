@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrepro.ops.logprob import CURVES, GRADED, shift, token_kl, token_log_probs, token_stats
+from jaxrepro.ops.logprob import (
+    CURVES,
+    GRADED,
+    chunk_of,
+    shift,
+    token_kl,
+    token_log_probs,
+    token_stats,
+)
 
 D, V = 5, 11
 
@@ -157,6 +165,13 @@ def test_the_vocabulary_is_never_held_for_all_tokens():
     fn = lambda h, w: token_log_probs(h, w, jnp.zeros((4, 512), int), chunk=64).sum()
     text = str(jax.make_jaxpr(jax.grad(fn, argnums=(0, 1)))(h, w))
     assert "[4,16,999]" in text and "512,999]" not in text and "2048,999]" not in text
+
+
+def test_the_default_chunk_holds_at_most_256_mib_of_logits_and_1024_positions():
+    assert [chunk_of(v) for v in (18, 49_152, 151_936, 1 << 26, 1 << 30)] == [1024, 1024, 256, 1, 1]
+    h, w = jax.ShapeDtypeStruct((1, 2048, 8), jnp.float32), jax.ShapeDtypeStruct((8, 151_936), jnp.float32)  # fmt: skip
+    text = str(jax.make_jaxpr(lambda h, w: token_log_probs(h, w, jnp.zeros((1, 2048), int)))(h, w))
+    assert "[1,256,151936]" in text and "[1,2048,151936]" not in text
 
 
 def test_greedy_temperature_is_refused():

@@ -52,14 +52,14 @@ def test_frozen_parameters_have_no_gradients_and_256_devices_need_no_hardware():
     cache = memory.kv_cache(Config(), rows=3, length=5)
     plan = memory.Plan(
         params=params, opt={}, trainable="norm", cache=cache, mesh=mesh,
-        logits=memory.logits_chunk(100, 8, parts=4), reference=params,
+        logits=memory.logits_chunk(1 << 20, parts=4), reference=params,
         batch={"tokens": memory.sharded(np.zeros((64, 7), np.int32), sharding.batch_sharding(mesh))},
     )  # fmt: skip
     table = memory.estimate(plan)
     assert table["parameters"] == 1024 * 4096 * 4 // 256 + 64 * 8 == table["reference copy"]
     assert table["gradients"] == 64 * 4
     assert table["KV cache"] == 2 * 2 * 3 * 5 * 2 * 4 * 2
-    assert table["logits chunk"] == 2 * 8 * 25 * 4
+    assert table["logits chunk"] == 2 * 64 * (1 << 18) * 4
     assert table["batch"] == 7 * 4
     text = memory.render(plan)
     assert "(estimate)" in text and "parameters: 4,194,368" in text and "fsdp=64" in text

@@ -8,14 +8,15 @@ seed by seed. Between its points the line is straight in sqrt(KL), after the rew
 arXiv:2210.10760; it begins at the start (KL 0, win rate 1/2), and beyond its last point it is level, which is said.
 """
 
+import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
 
-from jaxrepro import cli, config, files, results, stats
+from jaxrepro import config, files, stats
 from jaxrepro.config import UserError
 
 FILE = config.ROOT / "results" / "dpo-tiny-cpu.json"
@@ -82,19 +83,23 @@ def rows(data: Mapping[str, Any]) -> list[Row]:
     return found[: len(LINE)] + sorted(found[len(LINE) :], key=lambda row: -row.above.mean)
 
 
+def text(x: stats.Interval) -> str:
+    """A mean with its interval."""
+    return f"{x.mean:.3f} [{x.lo:.3f}, {x.hi:.3f}]"
+
+
 def table(found: Sequence[Row], seeds: int) -> str:
     """Markdown."""
-    text = results.interval_text
     lines = [
         "| loss | KL to the start, nats | win rate against the start | above DPO's line at its KL | tokens a sample |"
     ]
     lines += ["|---|---|---|---|---|"]
     for row in found:
-        above = "the line" if row.above is None else text(*row.above[:3])
+        above = "the line" if row.above is None else text(row.above)
         if row.beyond:
             above += f" (further than the line in {row.beyond} of {seeds} seeds)"
         lines += [
-            f"| `{row.name}` | {text(*row.kl[:3])} | {text(*row.win[:3])} | {above} | {row.length:.1f} |"
+            f"| `{row.name}` | {text(row.kl)} | {text(row.win)} | {above} | {row.length:.1f} |"
         ]
     return "\n".join(lines)
 
@@ -138,19 +143,25 @@ def draw(found: Sequence[Row], path: Path) -> None:
         figure.savefig(file, format="png", dpi=150)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Prints the table; draws the picture where one is named."""
-    parser = flags.FlagValues()
-    of = dict(flag_values=parser)
-    flags.DEFINE_string("results", str(FILE), "results of the study of configs/dpo.py:tiny", **of)
-    flags.DEFINE_string("picture", None, "where to draw the picture (PNG)", **of)
-    cli.parse_flags(parser, argv, __doc__)
-    data = files.read_json(parser["results"].value)
-    found = rows(data)
-    print(table(found, len(data["seeds"])))
-    if parser["picture"].value:
-        draw(found, Path(parser["picture"].value))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 with one line on what is wrong."""
+    p = argparse.ArgumentParser(
+        prog="frontier", description="Losses beside DPO's win rate at equal KL."
+    )
+    p.add_argument("--results", default=FILE, help="results of the study of configs/dpo.py:tiny")
+    p.add_argument("--picture", help="where to draw the picture (PNG)")
+    a = p.parse_args(argv)
+    try:
+        data = files.read_json(a.results)
+        found = rows(data)
+        print(table(found, len(data["seeds"])))
+        if a.picture:
+            draw(found, Path(a.picture))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    sys.exit(main())

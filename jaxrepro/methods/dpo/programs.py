@@ -30,7 +30,6 @@ from jaxrepro.ops.logprob import token_kl, token_stats
 from jaxrepro.train.state import State, step_key
 from jaxrepro.train.step import in_parts
 
-CHUNK = 1024  # positions whose logits exist at a time
 SLOPED = ("lp", "kl")  # arrays of tokens through which a loss has a gradient
 REFERENCES = ("cached", "live", "synced", "adapter", "none")
 
@@ -123,13 +122,11 @@ def tokenwise(
     """What policy and reference say about each response token. ref_params: where `kl` is needed."""
     hidden, head = hidden_states(params, cfg, rows), transformer.head(params, cfg)
     want = ("lp", *(["log_sum_p2"] if "log_sum_p2" in needs else []))
-    found = token_stats(hidden, head, rows.tokens, want, chunk=CHUNK)
+    found = token_stats(hidden, head, rows.tokens, want)
     mask = jnp.arange(rows.tokens.shape[-1]) < rows.length[..., None]
     reference, kl = rows.reference or {}, None
     if "kl" in needs:
-        kl = token_kl(
-            hidden, head, reference["hidden"], transformer.head(ref_params, cfg), chunk=CHUNK
-        )
+        kl = token_kl(hidden, head, reference["hidden"], transformer.head(ref_params, cfg))
     return Tokenwise(
         found["lp"],
         reference.get("lp"),
@@ -147,7 +144,7 @@ def reference_scores(
     """What the reference policy gives: lp, and entropy or hidden where a loss needs them."""
     hidden = hidden_states(params, cfg, rows)
     want = ("lp", *(["entropy"] if "ref_entropy" in needs else []))
-    found = token_stats(hidden, transformer.head(params, cfg), rows.tokens, want, chunk=CHUNK)
+    found = token_stats(hidden, transformer.head(params, cfg), rows.tokens, want)
     return found | ({"hidden": hidden} if "kl" in needs else {})
 
 
@@ -155,7 +152,7 @@ def mismatched(params: Any, cfg: TransformerConfig, rows: Rows) -> Float[Array, 
     """Summed log-prob of each prompt's mismatched response (x_i, y_{i-1})."""
     tokens, length = rows.other
     hidden = hidden_states(params, cfg, rows, other=True)
-    lp = token_stats(hidden, transformer.head(params, cfg), tokens, ("lp",), chunk=CHUNK)["lp"]
+    lp = token_stats(hidden, transformer.head(params, cfg), tokens, ("lp",))["lp"]
     return jnp.where(jnp.arange(tokens.shape[-1]) < length[..., None], lp, 0.0).sum((1, 2))
 
 

@@ -410,7 +410,7 @@ def _plan(config: Any, cfg: Any, mesh: Any, stage: str) -> memory.Plan:
             "decoder": memory.decoder_activations(cfg.text, rows, tokens, parts=parts),
             "vision": memory.vision_activations(cfg.vision, questions, patches, parts=parts),
         },
-        logits=memory.logits_chunk(cfg.text.vocab, 1024, parts=mesh.shape["tensor"]),
+        logits=memory.logits_chunk(cfg.text.vocab, parts=mesh.shape["tensor"]),
         batch=memory.sharded(batch, sharding.batch_sharding(mesh, batch)),
         mesh=mesh,
         stage=stage,
