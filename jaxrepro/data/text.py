@@ -76,12 +76,16 @@ class Tokenizer:
         """Number of ids, special tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def used(self) -> int:
+        """One more than the largest id: a model's logits from there on are padding (Qwen2.5-1.5B: 271)."""
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def check_fits(self, vocab: int) -> None:
         """UserError where an id is outside the vocabulary of a model, which jax would clip in silence."""
-        largest = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        if largest >= vocab:
+        if self.used > vocab:
             raise UserError(
-                f"the tokenizer's largest id is {largest}, the model's vocabulary has {vocab} "
+                f"the tokenizer's largest id is {self.used - 1}, the model's vocabulary has {vocab} "
                 "tokens: not a pair; take both from the same folder"
             )
 

@@ -38,9 +38,8 @@ def completion_log_probs(
     """
     hidden = completion_hidden(params, cfg, x, position, segment, next_position, tokens, length)
     head = transformer.head(params, cfg)
-    out = token_log_probs(
-        hidden, head, tokens, temperature=temperature, chunk=chunk, entropy=entropy
-    )
+    how = dict(temperature=temperature, chunk=chunk, vocab=cfg.used)
+    out = token_log_probs(hidden, head, tokens, entropy=entropy, **how)
     keep = jnp.arange(tokens.shape[-1]) < length[..., None]
     return tuple(jnp.where(keep, a, 0.0) for a in out) if entropy else jnp.where(keep, out, 0.0)
 
@@ -97,6 +96,7 @@ def nll(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed negative log-probability (nats) of the response tokens, and their number.
 
+    Columns of padding (cfg.used) stay in, as elsewhere in supervised fine-tuning: it is what pushes them down.
     responses: a bound on the response tokens of a row. Only so many positions of each row then meet
     the head, which is a large share of the work; of a row with more of them the rest is left out.
     """

@@ -31,6 +31,7 @@ from jaxrepro.models.params import Param, fan_in, initialise, shapes, stacked
 from jaxrepro.models.rope import RopeScaling, frequencies
 from jaxrepro.ops.attention import attend, attend_packed, merge
 from jaxrepro.ops.dense import dense, einsum32
+from jaxrepro.ops.logprob import OUTSIDE
 from jaxrepro.sharding import constrain
 
 # A scan copies what the backward pass keeps into stacked arrays. Of a few layers, that costs more time
@@ -53,6 +54,8 @@ class TransformerConfig:
 
     window: tokens that a token sees, itself included, in the layers `window_layers` (None: in all).
     family: who wrote the model, for its config.json (models/families.py); None: whoever could have.
+    used: columns of the logits that are tokens (None: all): models pad their vocabulary, and padding is neither drawn
+    nor counted in a log-probability.
     """
 
     vocab: int
@@ -78,6 +81,7 @@ class TransformerConfig:
     window_layers: tuple[int, ...] | None = None
     family: str | None = None
     lora: Lora | None = None
+    used: int | None = None
 
     def __post_init__(self):
         if self.head_dim % 2:
@@ -102,6 +106,12 @@ class TransformerConfig:
             raise UserError(
                 f"window_layers {some} need a window and ascending layers below {self.layers}"
             )
+        if self.used is not None and not 0 < self.used <= self.vocab:
+            raise UserError(f"used {self.used} must lie in 1 .. {self.vocab}, the vocabulary")
+
+    def using(self, tokens: int) -> "TransformerConfig":
+        """The same decoder, of whose vocabulary the first `tokens` ids are tokens."""
+        return replace(self, used=tokens if tokens < self.vocab else None)
 
     @classmethod
     def from_hf(cls, config: dict, **overrides) -> "TransformerConfig":
@@ -218,7 +228,7 @@ def resize_vocab(
     out = params | {"embed": resize(params["embed"], 0)}
     if not cfg.tied:
         out["head"] = resize(params["head"].T, 1).T
-    return out, replace(cfg, vocab=n)
+    return out, replace(cfg, vocab=n, used=None)
 
 
 # --- forward ---------------------------------------------------------------------------------
@@ -289,9 +299,10 @@ def head(params: dict, cfg: TransformerConfig) -> Float[Array, "d v"]:
 def logits(
     params: dict, cfg: TransformerConfig, hidden: Float[Array, "*b d"]
 ) -> Float[Array, "*b v"]:
-    """float32 logits of final hidden states; for long sequences see ops.logprob."""
+    """float32 logits of final hidden states, OUTSIDE in columns of padding; for long sequences see ops.logprob."""
     w = head(params, cfg).astype(hidden.dtype)
-    return einsum32("...d,dv->...v", hidden, w)
+    z = einsum32("...d,dv->...v", hidden, w)
+    return z if cfg.used is None else jnp.where(jnp.arange(cfg.vocab) < cfg.used, z, OUTSIDE)
 
 
 def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, "d"], eps: float) -> Array:

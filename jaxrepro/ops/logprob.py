@@ -61,10 +61,12 @@ def token_log_probs(
     temperature: float = 1.0,
     chunk: int | None = None,
     entropy: bool = False,
+    vocab: int | None = None,
 ) -> Any:
     """float32 log-probability (nats) of each target [, entropy of its distribution]: see `token_stats`."""
     want = ("lp", "entropy") if entropy else ("lp",)
-    out = token_stats(hidden, head, targets, want, temperature=temperature, chunk=chunk)
+    how = dict(temperature=temperature, chunk=chunk, vocab=vocab)
+    out = token_stats(hidden, head, targets, want, **how)
     return tuple(out.values()) if entropy else out["lp"]
 
 
@@ -93,11 +95,7 @@ def token_stats(
         raise ValueError(f"temperature {temperature} must be > 0: greedy has no log-probability")
     if unknown := set(want) - {*GRADED, *CURVES}:
         raise ValueError(f"{sorted(unknown)} are not among {', '.join(GRADED + CURVES)}")
-    if vocab is not None and not 0 < vocab <= head.shape[-1]:
-        raise ValueError(
-            f"vocab {vocab} must lie in 1 .. {head.shape[-1]}, the columns of the head"
-        )
-    kind = _kind(tuple(want), vocab if vocab != head.shape[-1] else None)
+    kind = _kind(tuple(want), _some(vocab, head))
     out = _chunked(hidden, head, targets, None, kind, temperature, chunk)
     return dict(zip(want, out))
 
@@ -109,13 +107,22 @@ def token_kl(
     ref_head: Float[Array, "d v"],
     *,
     chunk: int | None = None,
+    vocab: int | None = None,
 ) -> Float[Array, "*b"]:
     """KL(reference || policy) of each position's distribution (nats, float32), chunked as `token_stats`.
 
-    Differentiable in the policy's hidden and head; the reference is constant.
+    Differentiable in the policy's hidden and head; the reference is constant. vocab: see `token_stats`.
     """
-    kind = _Kind(_kl, _kl_grad)
+    kind = _kl_kind(_some(vocab, head))
     return _chunked(hidden, head, jax.lax.stop_gradient(ref_hidden), ref_head, kind, 1.0, chunk)[0]
+
+
+def _some(vocab: int | None, head) -> int | None:
+    """How many columns count; None for all."""
+    v = head.shape[-1]
+    if vocab is not None and not 0 < vocab <= v:
+        raise ValueError(f"vocab {vocab} must lie in 1 .. {v}, the columns of the head")
+    return None if vocab == v else vocab
 
 
 class _Kind(NamedTuple):
@@ -136,9 +143,21 @@ def _kind(want, vocab):
     )
 
 
+@lru_cache
+def _kl_kind(vocab):
+    return _Kind(partial(_kl, vocab=vocab), partial(_kl_grad, vocab=vocab))
+
+
+def _inside(z, vocab):
+    """Logits with OUTSIDE in the columns from `vocab` on, and where they are real (None: everywhere)."""
+    if vocab is None:
+        return z, None
+    real = jnp.arange(z.shape[-1]) < vocab
+    return jnp.where(real, z, OUTSIDE), real
+
+
 def _stats(z, targets, _, *, want, vocab):
-    real = None if vocab is None else jnp.arange(z.shape[-1]) < vocab
-    z = z if real is None else jnp.where(real, z, OUTSIDE)
+    z, real = _inside(z, vocab)
     lse = jax.nn.logsumexp(z, axis=-1)
     size = z.shape[-1] if vocab is None else vocab
 
@@ -164,8 +183,7 @@ def _stats(z, targets, _, *, want, vocab):
 
 
 def _stats_grad(z, targets, _, lse, out, g, *, want, vocab):
-    real = None if vocab is None else jnp.arange(z.shape[-1]) < vocab
-    z = z if real is None else jnp.where(real, z, OUTSIDE)
+    z, real = _inside(z, vocab)
     lp = z - lse[..., None]
     p = jnp.exp(lp)
     by = {name: (a[..., None], b[..., None]) for name, a, b in zip(want, g, out)}
@@ -182,14 +200,16 @@ def _stats_grad(z, targets, _, lse, out, g, *, want, vocab):
     return jnp.broadcast_to(dz, z.shape)
 
 
-def _kl(z, ref_hidden, ref_head):
+def _kl(z, ref_hidden, ref_head, *, vocab):
+    z, _ = _inside(z, vocab)
     lse = jax.nn.logsumexp(z, axis=-1)
-    q = jax.nn.log_softmax(_logits(ref_hidden, ref_head, 1.0))
+    q = jax.nn.log_softmax(_inside(_logits(ref_hidden, ref_head, 1.0), vocab)[0])
     return lse, (jnp.sum(jnp.exp(q) * (q - (z - lse[..., None])), axis=-1),)
 
 
-def _kl_grad(z, ref_hidden, ref_head, lse, _, g):
-    q = jax.nn.softmax(_logits(ref_hidden, ref_head, 1.0))
+def _kl_grad(z, ref_hidden, ref_head, lse, _, g, *, vocab):
+    z, _ = _inside(z, vocab)
+    q = jax.nn.softmax(_inside(_logits(ref_hidden, ref_head, 1.0), vocab)[0])
     return g[0][..., None] * (jnp.exp(z - lse[..., None]) - q)
 
 

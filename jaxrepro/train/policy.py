@@ -107,8 +107,8 @@ def open_policy(config: Any, *, pieces: Sequence[str]) -> Policy:
     else:
         source, tokenizer = None, closed_vocabulary(pieces)
         cfg = geometry(config, pieces)
-    cfg = dataclasses.replace(cfg, lora=adapters(config))
     tokenizer.check_fits(cfg.vocab)
+    cfg = dataclasses.replace(cfg, lora=adapters(config)).using(tokenizer.used)
     tokenizer.eos, tokenizer.pad  # noqa: B018 - a model without an end of turn is refused here
     mesh = sharding.make_mesh(config.mesh)
     places = sharding.shard_tree(transformer.axes(cfg), transformer.abstract(cfg), mesh)

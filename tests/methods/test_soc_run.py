@@ -15,7 +15,7 @@ import pytest
 from jaxrepro import cli, evaluate, export, sample
 from jaxrepro.config import UserError
 from jaxrepro.data import batches
-from jaxrepro.methods.soc import decoding, objective, run, task
+from jaxrepro.methods.soc import decoding, objective, run
 from jaxrepro.models import transformer
 from jaxrepro.ops.logprob import Tokens
 from jaxrepro.train import policy, sft
@@ -409,4 +409,4 @@ def test_settings_that_cannot_work_are_one_line(changes, message, tmp_path):
 
 
 def test_the_tiny_model_covers_its_task():
-    assert task.tokens_used(run.prepare(tiny.config()).policy.tokenizer) == 26
+    assert run.prepare(tiny.config()).policy.tokenizer.used == 26

@@ -244,4 +244,4 @@ def test_the_zero_shot_prompt_of_maths_asks_for_a_box():
 
 
 def test_tokens_used_is_one_more_than_the_largest_id():
-    assert task.tokens_used(TOKENIZER) == TOKENIZER.vocab_size == 26
+    assert TOKENIZER.used == TOKENIZER.vocab_size == 26

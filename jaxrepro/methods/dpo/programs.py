@@ -122,11 +122,12 @@ def tokenwise(
     """What policy and reference say about each response token. ref_params: where `kl` is needed."""
     hidden, head = hidden_states(params, cfg, rows), transformer.head(params, cfg)
     want = ("lp", *(["log_sum_p2"] if "log_sum_p2" in needs else []))
-    found = token_stats(hidden, head, rows.tokens, want)
+    found = token_stats(hidden, head, rows.tokens, want, vocab=cfg.used)
     mask = jnp.arange(rows.tokens.shape[-1]) < rows.length[..., None]
     reference, kl = rows.reference or {}, None
     if "kl" in needs:
-        kl = token_kl(hidden, head, reference["hidden"], transformer.head(ref_params, cfg))
+        other = transformer.head(ref_params, cfg)
+        kl = token_kl(hidden, head, reference["hidden"], other, vocab=cfg.used)
     return Tokenwise(
         found["lp"],
         reference.get("lp"),
@@ -144,7 +145,7 @@ def reference_scores(
     """What the reference policy gives: lp, and entropy or hidden where a loss needs them."""
     hidden = hidden_states(params, cfg, rows)
     want = ("lp", *(["entropy"] if "ref_entropy" in needs else []))
-    found = token_stats(hidden, transformer.head(params, cfg), rows.tokens, want)
+    found = token_stats(hidden, transformer.head(params, cfg), rows.tokens, want, vocab=cfg.used)
     return found | ({"hidden": hidden} if "kl" in needs else {})
 
 
@@ -152,7 +153,7 @@ def mismatched(params: Any, cfg: TransformerConfig, rows: Rows) -> Float[Array, 
     """Summed log-prob of each prompt's mismatched response (x_i, y_{i-1})."""
     tokens, length = rows.other
     hidden = hidden_states(params, cfg, rows, other=True)
-    lp = token_stats(hidden, transformer.head(params, cfg), tokens, ("lp",))["lp"]
+    lp = token_stats(hidden, transformer.head(params, cfg), tokens, ("lp",), vocab=cfg.used)["lp"]
     return jnp.where(jnp.arange(tokens.shape[-1]) < length[..., None], lp, 0.0).sum((1, 2))
 
 
@@ -221,7 +222,7 @@ def prepare(
         mean_chosen_tokens=learnt_tokens(mix, rows),
         progress=state.step.astype(jnp.float32) / max(steps - 1, 1),
         key=step_key(seed, "losses", state.step),
-        vocab=jnp.asarray(cfg.vocab) if "vocab" in needs else None,
+        vocab=jnp.asarray(cfg.used or cfg.vocab) if "vocab" in needs else None,
     )
     if "kl_p" in needs:
         data = data._replace(kl_p=parts(lambda r: mismatched(state.params, cfg, r), rows))

@@ -137,7 +137,7 @@ def prepare(config: Any) -> Setting:
     data = config.data
     encoder = FewShot(model.tokenizer, data.max_tokens, data.max_completion, system=data.system)
     found = task.load(config, encoder)
-    return Setting(config, model, encoder, found, task.tokens_used(model.tokenizer))
+    return Setting(config, model, encoder, found, model.tokenizer.used)
 
 
 # Training --------------------------------------------------------------------------------------

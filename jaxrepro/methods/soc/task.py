@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 from jaxrepro.config import UserError
 from jaxrepro.data import chat, questions, sources
 from jaxrepro.data.questions import MARK, Encoder, held_out
-from jaxrepro.data.text import Tokenizer
 from jaxrepro.rewards import maths
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -73,11 +72,6 @@ def few_shot(encoder: FewShot, examples: Sequence[Mapping[str, Any]], count: int
 def pieces() -> list[str]:
     """The closed vocabulary of `addition`: 13 characters, beside those of the chat template."""
     return [*"0123456789", "+", "=", ";"]
-
-
-def tokens_used(tokenizer: Tokenizer) -> int:
-    """Columns of the logits that are tokens: models pad their vocabulary, Qwen2.5-1.5B by 271."""
-    return 1 + max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
 
 
 def load(config: Any, encoder: Encoder) -> Task:

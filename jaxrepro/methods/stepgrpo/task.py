@@ -158,6 +158,7 @@ def _from_files(config: Any) -> Task:
             f"model.path={config.model.path} is not of model.shape={config.model.shape}, whose learning "
             "rates and mesh this size has; choose the size of that model, or set model.shape=tiny"
         )
+    cfg = dataclasses.replace(cfg, text=cfg.text.using(tokenizer.used))
     encoder = _encoder(config, tokenizer, cfg, patches=None)
     folder = locate.data(config.data.path)
     loaded: dict[str, list[dict[str, Any]]] = {}
