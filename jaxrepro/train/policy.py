@@ -9,15 +9,17 @@ init_from, model.{path, shape, dtype, remat}, lora.{rank, alpha, targets, init}.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxrepro import sharding
+from jaxrepro import config as configuration
+from jaxrepro import distributed, sharding
 from jaxrepro.config import UserError
 from jaxrepro.data import locate
 from jaxrepro.data.text import Finetuned, Tokenizer, closed_vocabulary, load_tokenizer
@@ -76,6 +78,39 @@ def check(config: Any) -> None:
     adapters(config)
 
 
+def check_rows(
+    config: Any, stages: Mapping[str, int], least: Mapping[str, int] | None = None
+) -> None:
+    """UserError for sizes of rows, batches and updates that can't work, before anything is read.
+
+    stages: the sections that train, and the steps of each. least: further fields and their least values.
+    """
+    limits = {"steps": 0, "eval.n": 1, "eval.batch": 1, "data.n": 1, "data.max_completion": 2}
+    limits |= {f"{stage}.batch": 1 for stage in stages} | dict(least or {})
+    for name, low in limits.items():
+        value = reduce(getitem, name.split("."), config)
+        if value is not None and value < low:
+            raise UserError(f"{name}={value}; use {low} or more")
+    for stage, steps in stages.items():
+        section = config[stage]
+        if section.micro_batches < 1 or section.batch % section.micro_batches:
+            raise UserError(
+                f"{stage}.micro_batches={section.micro_batches} does not divide "
+                f"{stage}.batch={section.batch}; use a divisor"
+            )
+        if not section.max_grad_norm >= 0:
+            raise UserError(
+                f"{stage}.max_grad_norm={section.max_grad_norm}; use a number above 0, or 0 for no clipping"
+            )
+        optimizer(section, steps=steps)  # refuses an unknown schedule
+    data = config.data
+    if data.max_completion >= data.max_tokens:
+        raise UserError(
+            f"data.max_completion={data.max_completion} leaves no room for a prompt in "
+            f"data.max_tokens={data.max_tokens}"
+        )
+
+
 def adapters(config: Any) -> lora.Lora | None:
     """The adapters of a config; None where all parameters are trained."""
     return lora.Lora(**config.lora.to_dict()) if config.lora.rank else None
@@ -132,11 +167,14 @@ def within(policy: Policy, tokens: int, what: str) -> None:
 
 
 def initial(policy: Policy, config: Any) -> Any:
-    """Parameters before the first step: of `init_from`, of `model.path`, or drawn; and fresh adapters."""
+    """Parameters before the first step: of `init_from`, of `model.path`, or drawn; and fresh adapters.
+
+    Adapters that the run of `init_from` trained are merged into its weights.
+    """
     base, places = dataclasses.replace(policy.cfg, lora=None), lora.off(policy.shardings)
     key = jax.random.key(config.seed)
     if config.init_from:
-        params = checkpoint.load(config.init_from, transformer.abstract(base), shardings=places)
+        params = _begun(config.init_from, base, policy.mesh)
     elif policy.source is None:
         params = jax.jit(partial(transformer.init, cfg=base), out_shardings=places)(key)
     else:
@@ -145,6 +183,20 @@ def initial(policy: Policy, config: Any) -> Any:
     if policy.cfg.lora is None:
         return params
     return sharding.place(lora.attach(key, params, base, policy.cfg.lora)[0], policy.shardings)
+
+
+def _begun(path: Any, base: TransformerConfig, mesh: Any) -> Any:
+    """The last parameters of another run, without adapters of their own."""
+    file = checkpoint.find(path)[0] / "config.json"
+    had = configuration.saved(file) if distributed.first(file.is_file) else {}
+    cfg = dataclasses.replace(base, lora=adapters(had) if had.get("lora") else None)
+    abstract = transformer.abstract(cfg)
+    places = sharding.shard_tree(transformer.axes(cfg), abstract, mesh)
+    params = checkpoint.load(path, abstract, shardings=places)
+    if cfg.lora is None:
+        return params
+    merge = jax.jit(lambda p: lora.merge(p, cfg)[0], out_shardings=lora.off(places))
+    return merge(params)
 
 
 def trained(policy: Policy, workdir: Any, stage: str) -> Any:

@@ -75,38 +75,14 @@ def run(
 
 def check(config: Any) -> None:
     """UserError for settings that can't work, before anything is read."""
-    sft, data = config.sft, config.data
-    for name, value, least in (
-        ("steps", config.steps, 0),
-        ("sft.batch", sft.batch, 1),
-        ("eval.n", config.eval.n, 1),
-        ("eval.batch", config.eval.batch, 1),
-        ("data.n", data.n, 1),
-        ("data.max_completion", data.max_completion, 2),
-    ):
-        if value < least:
-            raise UserError(f"{name}={value}; use {least} or more")
-    if sft.micro_batches < 1 or sft.batch % sft.micro_batches:
-        raise UserError(
-            f"sft.micro_batches={sft.micro_batches} does not divide sft.batch={sft.batch}; "
-            "use a divisor"
-        )
-    if data.max_completion >= data.max_tokens:
-        raise UserError(
-            f"data.max_completion={data.max_completion} leaves no room for a prompt in "
-            f"data.max_tokens={data.max_tokens}"
-        )
+    data = config.data
     policy.check(config)
+    policy.check_rows(config, {"sft": config.steps})
     if not config.model.path and (config.model.shape != "tiny" or data.path or data.generator != "chains"):  # fmt: skip
         raise UserError(
             "model.path is needed (a folder, a .gguf file, a hub name, smollm2): only the shape tiny "
             "on generated chains is trained from scratch"
         )
-    if not sft.max_grad_norm >= 0:
-        raise UserError(
-            f"sft.max_grad_norm={sft.max_grad_norm}; use a number above 0, or 0 for no clipping"
-        )
-    policy.optimizer(sft, steps=config.steps)  # refuses an unknown schedule
 
 
 def prepare(config: Any) -> Setting:

@@ -92,37 +92,9 @@ def check(config: Any) -> None:
     setting.annotator(config)
     if config.model.shape != table.SHAPE:
         policy.check(config)
-    for name, value, least in (
-        ("steps", config.steps, 0),
-        ("sft.steps", config.sft.steps, 0),
-        ("dpo.batch", config.dpo.batch, 1),
-        ("sft.batch", config.sft.batch, 1),
-        ("online.every", config.online.every, 1),
-        ("online.tries", config.online.tries, 1),
-        ("online.keep", config.online.keep or 0, 0),
-        ("eval.n", config.eval.n, 1),
-        ("eval.samples", config.eval.samples, 0),
-        ("eval.batch", config.eval.batch, 1),
-        ("data.n", config.data.n, 1),
-        ("data.max_completion", config.data.max_completion, 2),
-    ):
-        if value < least:
-            raise UserError(f"{name}={value}; use {least} or more")
-    for stage in ("sft", "dpo"):
-        section = config[stage]
-        if section.micro_batches < 1 or section.batch % section.micro_batches:
-            raise UserError(
-                f"{stage}.micro_batches={section.micro_batches} does not divide "
-                f"{stage}.batch={section.batch}; use a divisor"
-            )
-        if not section.max_grad_norm >= 0:
-            raise UserError(f"{stage}.max_grad_norm={section.max_grad_norm}; use 0 for no clipping")
-        policy.optimizer(section, steps=config.steps if stage == "dpo" else section.steps)
-    if config.data.max_completion >= config.data.max_tokens:
-        raise UserError(
-            f"data.max_completion={config.data.max_completion} leaves no room for a prompt in "
-            f"data.max_tokens={config.data.max_tokens}"
-        )
+    least = dict.fromkeys(("online.every", "online.tries"), 1)
+    least |= dict.fromkeys(("sft.steps", "eval.samples", "online.keep"), 0)
+    policy.check_rows(config, {"sft": config.sft.steps, "dpo": config.steps}, least)
     if config.lora.rank and config.sft.steps and not config.init_from:
         raise UserError(
             f"lora.rank={config.lora.rank} with sft.steps={config.sft.steps}: the warm-up would train the "

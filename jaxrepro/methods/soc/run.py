@@ -67,28 +67,9 @@ def run(
 
 def check(config: Any) -> None:
     """UserError for settings that can't work, before anything is read."""
-    sft, data, soc = config.sft, config.data, config.soc
-    for name, value, least in (
-        ("steps", config.steps, 0),
-        ("sft.batch", sft.batch, 1),
-        ("eval.n", config.eval.n, 1),
-        ("eval.batch", config.eval.batch, 1),
-        ("data.n", data.n, 1),
-        ("data.max_completion", data.max_completion, 2),
-    ):
-        if value < least:
-            raise UserError(f"{name}={value}; use {least} or more")
-    if sft.micro_batches < 1 or sft.batch % sft.micro_batches:
-        raise UserError(
-            f"sft.micro_batches={sft.micro_batches} does not divide sft.batch={sft.batch}; "
-            "use a divisor"
-        )
-    if data.max_completion >= data.max_tokens:
-        raise UserError(
-            f"data.max_completion={data.max_completion} leaves no room for a prompt in "
-            f"data.max_tokens={data.max_tokens}"
-        )
+    data, soc = config.data, config.soc
     policy.check(config)
+    policy.check_rows(config, {"sft": config.steps})
     objective.check(**hyper(soc), allow_degenerate=soc.allow_degenerate)
     decoding.check(config.decode)
     if soc.normalise not in objective.NORMALISE:
@@ -119,11 +100,6 @@ def check(config: Any) -> None:
         raise UserError(f"eval.shots={config.eval.shots}: sums are asked without examples; use 0")
     if not config.eval.shots or min(config.eval.shots) < 0:
         raise UserError(f"eval.shots={config.eval.shots}; numbers of worked examples, such as 0,4")
-    if not sft.max_grad_norm >= 0:
-        raise UserError(
-            f"sft.max_grad_norm={sft.max_grad_norm}; use a number above 0, or 0 for no clipping"
-        )
-    policy.optimizer(sft, steps=config.steps)  # refuses an unknown schedule
 
 
 def hyper(soc: Any) -> dict[str, Any]:
