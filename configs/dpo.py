@@ -280,4 +280,14 @@ def get_claims(size: str = "tiny") -> dict:
         ),
         less("temperature", "sigmoid_100", "sigmoid", "after/test/kl", "DPO of beta 1 ends nearer to the start than DPO of beta .1"),
     ]  # fmt: skip
-    return {"seeds": 5, "prelude": {"steps": 0}, "arms": _arms(), "claims": tuple(claims)}
+    show = tuple(
+        f"after/test/{name}"
+        for name in ("accuracy", "win_rate", "kl", "score", "length", "entropy")
+    )
+    return {
+        "seeds": 5,
+        "prelude": {"steps": 0},
+        "arms": _arms(),
+        "claims": tuple(claims),
+        "show": show,
+    }

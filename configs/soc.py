@@ -171,9 +171,12 @@ def get_claims(size: str = "tiny") -> dict:
     arms |= {f"soc_0{10 * lam:.0f}": {"soc.lam": lam} for lam in (0.1, 0.2, 0.3)}
     arms |= {variant: {"soc.variant": variant} for variant in ("centred", "entropy")}
     difference = {"kind": "paired_difference", "arm": "soc_02", "baseline": "sft", "metric": beam}
+    decoders = "greedy", "beam2", "beam5", "beam10"
+    kinds = "accuracy", "accuracy_common", "accuracy_rare", "over_opt_rate", "truncated"
     return {
         "seeds": 5,
         "arms": arms,
+        "show": tuple(f"test/{decoder}/{kind}" for kind in kinds for decoder in decoders),
         "claims": (
             *(
                 difference

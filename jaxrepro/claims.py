@@ -85,10 +85,12 @@ class ClaimSet:
     seeds: int
     common: Mapping[str, Any]  # overrides of every run; a command line's --config.x wins over them
     prelude: Mapping[str, Any] | None  # overrides of the shared warm-up, or None: no warm-up
+    show: tuple[str, ...] = ()  # metrics that stand in the table of arms beside those of the claims
 
     def fingerprint(self) -> str:
-        """Hash of everything in it but the prose."""
+        """Hash of everything in it but the prose and what is shown."""
         data = asdict(self)
+        del data["show"]
         for claim in data["claims"]:
             del claim["says"]
         text = json.dumps(data, sort_keys=True, default=list)
@@ -121,11 +123,12 @@ def parse_claims(raw: Mapping[str, Any], where: str = "get_claims") -> ClaimSet:
     {"seeds": 5,
      "common": {"rl.steps": 60},                      # optional
      "prelude": {"stage": "sft"},                     # optional
+     "show": ("after/test/length",),                  # optional: more metrics in the table of arms
      "arms": {"ours": {}, "plain": {"rl.alpha": 0.0}},
      "claims": ({"name": "better", "kind": "paired_difference", "arm": "ours", "baseline": "plain",
                  "metric": "after/test/accuracy", "direction": ">", "bound": 0.0},)}
     """
-    _keys(raw, {"arms", "claims"}, {"seeds", "common", "prelude"}, where)
+    _keys(raw, {"arms", "claims"}, {"seeds", "common", "prelude", "show"}, where)
     arms = {str(k): _overrides(v, f"{where}: arm {k!r}") for k, v in raw["arms"].items()}
     for arm in arms:
         if arm == PRELUDE or not arm.replace("_", "").replace("-", "").isalnum():
@@ -146,7 +149,10 @@ def parse_claims(raw: Mapping[str, Any], where: str = "get_claims") -> ClaimSet:
         if names.count(name) > 1:
             raise UserError(f"{where}: claim {name!r} appears twice; names must differ")
     common = _overrides(raw.get("common", {}), f"{where}: common")
-    return ClaimSet(claims=claims, arms=arms, seeds=seeds, common=common, prelude=prelude)
+    show = raw.get("show", ())
+    if isinstance(show, str) or not all(isinstance(metric, str) for metric in show):
+        raise UserError(f"{where}: show={show!r}; a tuple of metrics' names is needed")
+    return ClaimSet(claims, arms, seeds, common, prelude, tuple(show))
 
 
 def _keys(raw: Any, needed: set[str], optional: set[str], where: str) -> None:

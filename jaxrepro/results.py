@@ -187,11 +187,14 @@ def _claims_section(data: Mapping[str, Any], stale: str) -> str:
     lines.append(_table(["claim", "test", "mean [95 % interval]", "over", "verdict"], rows))
     if data["arms"]:
         metrics = list(dict.fromkeys(m for arm in data["arms"].values() for m in arm["metrics"]))
-        rows = [
-            [name] + [interval_text(*_cell(arm["metrics"].get(m))) for m in metrics]
-            for name, arm in data["arms"].items()
-        ]
-        lines.append(_table(["arm (mean over seeds)", *metrics], rows))
+        cell = lambda name, m: interval_text(*_cell(data["arms"][name]["metrics"].get(m)))
+        arms = list(data["arms"])
+        if len(metrics) > len(arms):  # the longer side goes down the page
+            rows = [[m] + [cell(name, m) for name in arms] for m in metrics]
+            lines.append(_table(["metric (mean over seeds)", *arms], rows))
+        else:
+            rows = [[name] + [cell(name, m) for m in metrics] for name in arms]
+            lines.append(_table(["arm (mean over seeds)", *metrics], rows))
     return "\n".join(lines)
 
 

@@ -194,7 +194,9 @@ def report(study: Study, device: Mapping[str, Any]) -> dict[str, Any]:
         metrics.setdefault(c.arm, []).append(c.metric)
         if c.baseline is not None:
             metrics.setdefault(c.baseline, []).append(c.baseline_metric or c.metric)
-    shown = list(dict.fromkeys(m for keys in metrics.values() for m in keys))
+    shown = list(
+        dict.fromkeys([*(m for keys in metrics.values() for m in keys), *study.claimset.show])
+    )
     return {
         "kind": "claims",
         **results.provenance(device),
