@@ -172,7 +172,7 @@ def get_claims(size: str = "tiny") -> dict:
     arms |= {variant: {"soc.variant": variant} for variant in ("centred", "entropy")}
     difference = {"kind": "paired_difference", "arm": "soc_02", "baseline": "sft", "metric": beam}
     decoders = "greedy", "beam2", "beam5", "beam10"
-    kinds = "accuracy", "accuracy_common", "accuracy_rare", "over_opt_rate", "truncated"
+    kinds = "accuracy", "accuracy_common", "accuracy_rare", "over_opt_rate"
     return {
         "seeds": 5,
         "arms": arms,
