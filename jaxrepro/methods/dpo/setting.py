@@ -113,11 +113,6 @@ def reference(config: Any, losses: Mix) -> Reference:
     every, alpha = config.reference.every, config.reference.alpha
     if kind == "synced" and drawn and config.reference.kind == "auto":
         every, alpha = config.online.every, 1.0  # the reference is the policy that drew the round
-    if config.reference.kind == "synced" and 0 < config.steps <= every:
-        raise UserError(
-            f"reference.every={every} with steps={config.steps}: the reference would never move; use fewer "
-            "than steps, or reference.kind=auto"
-        )
     if kind not in programs.REFERENCES:
         raise UserError(f"reference.kind={kind!r} is not one of {', '.join(programs.REFERENCES)}")
     if kind == "none" and wanted:
@@ -138,6 +133,11 @@ def reference(config: Any, losses: Mix) -> Reference:
     if not (every >= 1 and 0 < alpha <= 1):
         raise UserError(
             f"reference.every={every}, reference.alpha={alpha}; use 1 or more, and (0, 1]"
+        )
+    if config.reference.kind == "synced" and 0 < config.steps <= every:
+        raise UserError(
+            f"reference.every={every} with steps={config.steps}: the reference would never move; use fewer "
+            "than steps, or reference.kind=auto"
         )
     return Reference(kind, every, alpha)
 
