@@ -7,7 +7,11 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 NAMES = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 
 

@@ -2,8 +2,12 @@
 
 import os
 
-# Most of the fast tests' time is compilation. LLVM's passes change no result that a test may rely on.
-QUICK = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Most of the fast tests' time is compilation. How kernels are made changes no result that a test may rely on;
+# those of the newer emitters take twice as long to compile.
+QUICK = (
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false"
+)
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

@@ -2,10 +2,10 @@
 
 import jax
 import numpy as np
+from compiled import QUICK
 
 from jaxrepro import sharding
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compile
 SHAPES = ((1, 1, 1, 1), (2, 2, 1, 2), (8, 1, 1, 1), (1, 4, 1, 2))
 
 

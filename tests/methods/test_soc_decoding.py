@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,9 @@ from jaxrepro.rollout.beam import Beams, beam_search
 from jaxrepro.rollout.generate import Prompts
 from jaxrepro.train.policy import Policy
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from compiled import QUICK
+
 CFG = TransformerConfig(vocab=6, d=8, layers=1, heads=2, kv=1, head_dim=4, ffn=8, embed_std=0.7)
 REAL, EOS, PAD, NEW = 4, 1, 0, 4  # two columns of the vocabulary are padding
 ROWS = PromptTokens(

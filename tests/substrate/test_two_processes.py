@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import meshes
 import processes
 
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FAST = " ".join(f"--{name}={str(value).lower()}" for name, value in meshes.QUICK.items())
 ENV = {"XLA_FLAGS": FAST, "JAX_ENABLE_COMPILATION_CACHE": "0"}
 
 
