@@ -50,18 +50,20 @@ def run(name, tokens, batch):
     return out, grad
 
 
-@partial(jax.jit, compiler_options=meshes.QUICK)
-def run_all(given):
-    """`run` of every loss, compiled once."""
-    return {name: run(name, *one) for name, one in given.items()}
-
-
 EXAMPLES = {name: example(spec) for name, spec in SPECS.items()}
+WIDTH = {name: tokens.mask.shape[1] for name, (tokens, _) in EXAMPLES.items()}  # responses an item
+BY_WIDTH = {WIDTH[name]: one for name, one in EXAMPLES.items()}  # equal for losses of one width
+
+
+@partial(jax.jit, compiler_options=meshes.QUICK)
+def run_all(by_width):
+    """`run` of every loss, compiled once; they read the same arrays, so that what they share is too."""
+    return {name: run(name, *by_width[WIDTH[name]]) for name in KEYS}
 
 
 @pytest.fixture(scope="module")
 def everything():
-    found = jax.device_get(run_all(EXAMPLES))
+    found = jax.device_get(run_all(BY_WIDTH))
     return {name: (SPECS[name], *EXAMPLES[name], *found[name]) for name in KEYS}
 
 
@@ -70,7 +72,7 @@ def reordered():
     """The same with the items in another order."""
     turn = lambda x: np.asarray(x)[ORDER] if x is not None and jnp.ndim(x) else x
     both = lambda t, b: (jax.tree.map(turn, t), Batch(*map(turn, b)))
-    return jax.device_get(run_all({name: both(*one) for name, one in EXAMPLES.items()}))
+    return jax.device_get(run_all({k: both(*one) for k, one in BY_WIDTH.items()}))
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -101,13 +103,13 @@ def widened():
     """Losses of the examples with two more places and nan in all the padding."""
 
     @partial(jax.jit, compiler_options=meshes.QUICK)
-    def losses(given):
+    def losses(by_width):
         wide = lambda t: jax.tree.map(partial(padded, mask=t.mask, junk=np.nan), t)
-        return {
-            n: loss(SPECS[n], statistics(wide(t), SPECS[n]), b)[0] for n, (t, b) in given.items()
-        }
+        wider = {k: (wide(t), b) for k, (t, b) in by_width.items()}
+        value = lambda spec, t, b: loss(spec, statistics(t, spec), b)[0]
+        return {n: value(SPECS[n], *wider[WIDTH[n]]) for n in READS_TOKENS}
 
-    return jax.device_get(losses({n: EXAMPLES[n] for n in READS_TOKENS}))
+    return jax.device_get(losses(BY_WIDTH))
 
 
 @pytest.mark.parametrize("name", READS_TOKENS)  # all others see sums alone
@@ -150,10 +152,10 @@ def shortened():
         return value, loss(spec, junk, odd)[0], g, alone
 
     @partial(jax.jit, compiler_options=meshes.QUICK)
-    def found(given):
-        return {name: shorten(name, *one) for name, one in given.items()}
+    def found(four):
+        return {name: shorten(name, *four) for name in LISTS}
 
-    return jax.device_get(found({n: EXAMPLES[n] for n in LISTS}))
+    return jax.device_get(found(BY_WIDTH[4]))
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -197,7 +199,10 @@ def test_no_two_keys_are_the_same_on_tokens_but_for_procedures(everything):
             assert not same or {a, b} == {"ipo_sum", "ipo_md"}, (a, b)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "ipo", "simpo", "kto", "infonca", "nash_md"])
+UNCOMPILED = ["sigmoid", "kto", *(pytest.param(n, marks=pytest.mark.slow) for n in KEYS)]
+
+
+@pytest.mark.parametrize("name", UNCOMPILED)
 def test_jit_gives_the_same(everything, name):
     spec, tokens, batch, (per_item, _, _), _ = everything[name]
     close(loss(spec, statistics(tokens, spec), batch)[0], per_item)  # not compiled as a whole
