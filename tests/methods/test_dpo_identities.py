@@ -55,12 +55,21 @@ LIMITS = [
 ]
 
 
-@pytest.mark.parametrize("name, hyper, batch", LIMITS)
-def test_limit_is_dpo(name, hyper, batch):
-    seq = GOLDEN
-    if name == "aot":  # of one pair, sorting does nothing
-        seq = jax.tree.map(lambda x: x[:1], seq)
-    close(mean(name, seq, batch, **hyper), mean("sigmoid", seq))
+@pytest.fixture(scope="module")
+def limits():
+    """(mean loss, mean of DPO) of each of LIMITS, compiled together."""
+
+    def both(name, hyper, batch, seq):
+        if name == "aot":  # of one pair, sorting does nothing
+            seq = jax.tree.map(lambda x: x[:1], seq)
+        return items(name, seq, batch, **hyper).mean(), items("sigmoid", seq).mean()
+
+    return jax.jit(lambda seq: [both(*limit, seq) for limit in LIMITS])(GOLDEN)
+
+
+@pytest.mark.parametrize("i", range(len(LIMITS)), ids=lambda i: f"{LIMITS[i][0]} {LIMITS[i][1]}")
+def test_limit_is_dpo(limits, i):
+    close(*limits[i])
 
 
 def test_tdpo_without_divergence_is_dpo():
@@ -152,35 +161,53 @@ def test_published_mixes_are_sums():
 @quick
 @given(st.lists(st.tuples(real, real), min_size=4, max_size=4), st.floats(0, 0.49))
 def test_robust_is_unbiased_over_flips(rows, e):
-    seq = log_ratios(np.asarray(rows, np.float32))
-    flipped = log_ratios(np.asarray(rows, np.float32)[:, ::-1].copy())
-    expected = (1 - e) * items("robust", seq, label_smoothing=e) + e * items(
-        "robust", flipped, label_smoothing=e
+    expected, clean = over_flips(jnp.asarray(rows, jnp.float32), e)
+    close(expected, clean, rtol=1e-5, atol=1e-5 / (1 - 2 * e))
+
+
+@jax.jit
+def over_flips(rows, e):
+    """rDPO averaged over labels that are flipped at rate e, and DPO of the labels that are not."""
+    kept, flipped = (
+        items("robust", log_ratios(x), label_smoothing=e) for x in (rows, rows[:, ::-1])
     )
-    close(expected, items("sigmoid", seq), rtol=1e-5, atol=1e-5 / (1 - 2 * e))
+    return (1 - e) * kept + e * flipped, items("sigmoid", log_ratios(rows))
 
 
 @quick
 @given(st.lists(st.tuples(real, real), min_size=4, max_size=4))
 def test_gradient_of_dpo_is_the_closed_form(rows):
     seq = log_ratios(np.asarray(rows, np.float32))
-    want = -0.1 * jax.nn.sigmoid(-0.1 * seq.d)
-    close(slope("sigmoid", seq), jnp.stack([want, -want], 1), atol=1e-6)
+    want = -0.1 / (1 + np.exp(0.1 * np.asarray(seq.d)))
+    close(slope_of_dpo(seq), np.stack([want, -want], 1), atol=1e-6)
+
+
+slope_of_dpo = jax.jit(lambda seq: slope("sigmoid", seq))
 
 
 @quick
 @given(st.lists(st.tuples(real, real), min_size=4, max_size=4))
 def test_swapping_a_pair_turns_the_sign(rows):
-    seq = log_ratios(np.asarray(rows, np.float32))
+    found = swapped_and_not(log_ratios(np.asarray(rows, np.float32)))
+    close(found["swapped"], found["turned"])
+    close(found["smoothed and swapped"], found["smoothed"])
+
+
+@jax.jit
+def swapped_and_not(seq):
     swapped = SeqStats(seq.p[:, ::-1], seq.q[:, ::-1], seq.n[:, ::-1])
-    close(items("sigmoid", swapped), links.logistic(-0.1 * seq.d))
-    close(items("cdpo", swapped, label_smoothing=0.5), items("cdpo", seq, label_smoothing=0.5))
+    return {
+        "swapped": items("sigmoid", swapped),
+        "turned": links.logistic(-0.1 * seq.d),
+        "smoothed and swapped": items("cdpo", swapped, label_smoothing=0.5),
+        "smoothed": items("cdpo", seq, label_smoothing=0.5),
+    }
 
 
 @quick
 @given(st.floats(-20, 20, width=32), st.floats(-20, 20, width=32))
 def test_a_shift_by_prompt_changes_no_loss_of_differences(shift, other):
-    want = of_differences(0.0, 0.0)
+    want = of_differences(0.0, 0.0)  # p + shift is rounded to 4e-6
     for name, value in of_differences(shift, other).items():
         close(value, want[name], rtol=1e-5, atol=1e-5)
 
@@ -212,18 +239,9 @@ def test_probabilities_of_win_loss_and_tie_add_to_one(name, hyper):
 
 def test_an_identical_pair_teaches_a_loss_of_differences_nothing():
     same = SeqStats(*(x[:, :1].repeat(2, 1) for x in GOLDEN[:3]))
-    for name in (
-        "sigmoid",
-        "hinge",
-        "ipo",
-        "ipo_sum",
-        "robust",
-        "exo_pair",
-        "discopop",
-        "simpo",
-        "aot",
-    ):
-        close(slope(name, same).sum(-1), 0.0, atol=1e-7)
+    names = ["sigmoid", "hinge", "ipo", "ipo_sum", "robust", "exo_pair", "discopop", "simpo", "aot"]
+    for g in jax.jit(lambda seq: [slope(name, seq) for name in names])(same):
+        close(g.sum(-1), 0.0, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["one-hot", "uniform"])
@@ -282,17 +300,16 @@ def test_sampo_draws_as_many_tokens_as_the_shorter_response_has():
     mask = jnp.asarray(np.arange(t) < np.array([[[6], [2]], [[3], [5]]]))
     tokens = Tokenwise(jnp.full((2, 2, t), -1.0), jnp.full((2, 2, t), -1.0), mask)
     seen = np.zeros((2, 2, t))
-    for i in range(30):
-        lp = -(2.0 ** jnp.arange(t)) * jnp.ones((2, 2, t))  # the sum names the tokens
-        seq = statistics(tokens._replace(lp=lp, ref_lp=lp), spec, key=jax.random.key(i))
-        drawn = (-np.asarray(seq.p)[..., None]).astype(int) >> np.arange(t) & 1
+    lp = -(2.0 ** jnp.arange(t)) * jnp.ones((2, 2, t))  # the sum names the tokens
+    named = tokens._replace(lp=lp, ref_lp=lp)
+    draw = jax.jit(jax.vmap(lambda key: statistics(named, spec, key=key)[:2]))
+    for p, q in zip(*draw(jax.random.split(PRNG, 30))):
+        drawn = (-np.asarray(p)[..., None]).astype(int) >> np.arange(t) & 1
         assert (drawn.sum(-1) == [[2, 2], [3, 3]]).all() and not (drawn & ~np.asarray(mask)).any()
-        close(seq.p, seq.q)  # the same tokens of the reference
+        close(p, q)  # the same tokens of the reference
         seen += drawn
     assert (seen[np.asarray(mask)] > 0).all()
-    spec = resolve("sampo", independent=True)
-    lp = -(2.0 ** jnp.arange(t)) * jnp.ones((2, 2, t))
-    seq = statistics(tokens._replace(lp=lp, ref_lp=lp), spec, key=PRNG)
+    seq = statistics(named, resolve("sampo", independent=True), key=PRNG)
     assert (np.asarray(seq.p) != np.asarray(seq.q)).any()
 
 
@@ -302,7 +319,6 @@ def test_turn_weights_fall_and_are_one_at_the_first_turn():
     tokens = tokens._replace(mask=mask, lp=-jnp.eye(6)[None, :2])
     gamma, turns = 0.7, 3
     phi = [gamma**i * (1 - gamma ** (turns - i)) / (1 - gamma**turns) for i in range(turns)]
-    for place in range(6):
-        lp = jnp.zeros((1, 2, 6)).at[:, :, place].set(-1.0)
-        seq = statistics(tokens._replace(lp=lp), resolve("dmpo"))
-        close(-seq.p, phi[place // 2])
+    at = -jnp.eye(6)[:, None, None].repeat(2, 2)  # one place at a time
+    weights = jax.vmap(lambda lp: statistics(tokens._replace(lp=lp), resolve("dmpo")).p)(at)
+    close(-weights, np.repeat(phi, 2)[:, None, None] * np.ones((1, 1, 2)))
