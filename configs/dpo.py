@@ -110,19 +110,18 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config.log.wandb = config_dict.placeholder(str)  # project name; needs the extra "wandb"
 
     if size in ("smollm2", "gpu"):
-        config.steps = 100
+        config.steps = 20
         config.model.path, config.model.shape = "smollm2", "smollm2"
         config.data.update(
             dict(generator="gsm_symbolic", n=2000, max_tokens=320, max_completion=160)
         )
         config.data.system = SMOLLM2
-        config.sft.steps = 0
-        config.online.update(
-            dict(kind="iterative", every=100, samples=4, temperature=0.8, slots=32)
-        )
+        # As it comes, the model solves 1 problem in 200: too few for pairs. After the warm-up it is 1 in 8.
+        config.sft.update(dict(steps=150, batch=4, lr=2e-4))
+        config.online.update(dict(kind="iterative", every=20, samples=4, temperature=0.8, slots=32))
         config.judge = "jaxrepro.rewards.judge:answer"
         config.loss.name = "sigmoid+sft"
-        config.dpo.update(dict(batch=8, lr=5e-6))
+        config.dpo.update(dict(batch=8, lr=5e-6, warmup=2))
         config.eval.update(dict(n=200, samples=0, greedy=True, batch=25))
         config.checkpoint.every = 25
     if size == "gpu":
@@ -130,7 +129,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
         config.model.dtype = "bfloat16"
         config.data.n = 20_000
         config.online.update(dict(every=125, samples=8, slots=256))
-        config.dpo.batch = 32
+        config.sft.update(dict(steps=200, batch=32))
+        config.dpo.update(dict(batch=32, warmup=20))
         config.eval.update(dict(n=1000, batch=250))
     elif paper:
         path, name, tokens, _, _, shape = PAPER[config.study]
