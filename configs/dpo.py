@@ -216,6 +216,8 @@ def _arms() -> dict:
         by = {"data.annotator": annotator}
         arms |= {f"{annotator}_dpo": by, f"{annotator}_near": by | {"loss.beta": NEAR}}
         arms |= {f"{annotator}_{key}": by | loss for key, (_, loss) in curbs.items()}
+    told = {"loss.name": "rdpo_len", "loss.alpha": 0.5}  # data.bias itself
+    arms["length_told"] = {"data.annotator": "length"} | told
     return arms | {kind: {"loss.divergence": kind} for kind in ("forward_kl", "jensen_shannon")}
 
 
@@ -264,6 +266,7 @@ def get_claims(size: str = "tiny") -> dict:
             for key, (name, _) in LENGTH.items()
             for than, base, whom in (("", "dpo", "DPO"), (" against near DPO", "near", f"DPO of beta {NEAR}, which moves less"))
         ),
+        less("length, R-DPO told", "length_told", "length_dpo", grown, "R-DPO whose alpha is the annotator's own weight of length grows less than DPO"),
         above("DPO displaces", "edit_dpo", lower, "on near-duplicates DPO lowers the log-probability of chosen answers", direction="<"),
         *(
             more(f"displacement, {name}{than}", f"edit_{key}", f"edit_{base}", lower, f"{name} lowers it less than {whom}")
