@@ -2,7 +2,7 @@
 
 TRL 1.10 has no free loss functions. Its trainers' methods run on an instance that was never initialised,
 with a model that returns given logits; reference log-probs, shift, masks and means are therefore TRL's.
-TRL computes in float64, except where it takes float32 itself (alpha divergence, ORPO); ours is float32.
+Both compute in float64, except where TRL takes float32 itself: the alpha divergence, and ORPO's log-probs.
 """
 
 import importlib.util
@@ -35,6 +35,15 @@ pytestmark = [
 ]
 
 B, T, V, PROMPT = 4, 8, 7, 2
+IN_FLOAT32 = 1e-5  # tolerance where TRL does not compute in float64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def double():
+    """float64 on our side too."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +151,10 @@ class Problem:
         return Tokenwise(cut(lp), cut(one(jnp.asarray(self.ref))[0]), cut(mask), cut(sum_p2))
 
 
-def agree(ours, logits, value, grad, tolerance=1e-5):
+def agree(ours, logits, value, grad, tolerance=1e-6):
     """`ours(logits)` has this value and gradient, relative to the largest entry."""
-    got, got_grad = jax.value_and_grad(ours)(jnp.asarray(logits, jnp.float32))
+    got, got_grad = jax.value_and_grad(ours)(jnp.asarray(logits))
+    assert got.dtype == got_grad.dtype == np.float64
     value, grad = float(value), grad.numpy()
     assert abs(float(got) - value) <= tolerance * max(1.0, abs(value))
     assert np.abs(np.asarray(got_grad) - grad).max() <= tolerance * np.abs(grad).max()
@@ -252,7 +262,7 @@ def test_divergences(trl, name, kind):
         f_alpha_divergence_coef=1 - extra.get("divergence_alpha", 0.5),
     )  # fmt: skip
     spec = resolve(name, beta=0.1, divergence=kind.split()[0], **extra, **e)
-    tolerance = 5e-5 if dtype == torch.float32 else 1e-5
+    tolerance = IN_FLOAT32 if dtype == torch.float32 else 1e-6
     agree(ours_of(problem, [(spec, 1.0)]), problem.logits, value, grad, tolerance)
 
 
@@ -260,12 +270,12 @@ def test_curves(trl):
     problem = Problem(2 * B, seed=5)
     _, _, theirs = trl_dpo(trl, problem, f_divergence_type="forward_kl")
     spec = resolve("sigmoid", beta=0.1, divergence="forward_kl")
-    tokens = problem.tokens(jnp.asarray(problem.logits, jnp.float32), 2)
+    tokens = problem.tokens(jnp.asarray(problem.logits), 2)
     ours = {k: float(s / w) for k, (s, w) in loss(spec, statistics(tokens, spec))[2].items()}
     names = {"accuracy": "accuracies", "margin": "margins"}
     for key in ("rewards/chosen", "rewards/rejected", "rewards/accuracy", "rewards/margin", "logps/chosen", "logps/rejected"):  # fmt: skip
         group, name = key.split("/")
-        assert ours[key] == pytest.approx(theirs[f"{group}/{names.get(name, name)}"][0], rel=1e-5)
+        assert ours[key] == pytest.approx(theirs[f"{group}/{names.get(name, name)}"][0], rel=1e-6)
 
 
 # ---- KTOTrainer
@@ -294,7 +304,7 @@ def test_kto(trl, name, labels, sign):
         False,
     )
     value.backward()
-    tokens = other.tokens(jnp.asarray(other.logits, jnp.float32), 1)
+    tokens = other.tokens(jnp.asarray(other.logits), 1)
     shifted = statistics(tokens, resolve("kto"))
     batch = Batch(labels=jnp.array(labels) == 1, kl_p=shifted.p[:, 0], kl_q=shifted.q[:, 0])
     mixed = [(resolve(name, beta=0.5, lambda_d=1.2, lambda_u=0.7), 1.0)]
@@ -371,11 +381,11 @@ def test_orpo_trainer(trl):
         tokens = problem.tokens(logits, 2)
         prompt = jnp.asarray((problem.attention - problem.mask)[:B, 1:])
         extra = Batch(
-            prompt_p=(tokens.lp[:, 0] * prompt).sum(-1), prompt_n=prompt.sum(-1).astype(jnp.float32)
+            prompt_p=(tokens.lp[:, 0] * prompt).sum(-1), prompt_n=prompt.sum(-1).astype(float)
         )
         return loss(spec, statistics(tokens, spec), extra)[0].mean()
 
-    agree(ours, problem.logits, value.detach(), z.grad)
+    agree(ours, problem.logits, value.detach(), z.grad, IN_FLOAT32)
 
 
 # ---- TPOTrainer, BCOTrainer
@@ -420,17 +430,17 @@ def test_bco_trainer_over_three_batches(trl, matched):
             policy[:3], policy[3:], torch.tensor(q[:3]), torch.tensor(q[3:]), None, desirable
         )
         losses.nanmean().backward()
-        rho = density_ratio(jnp.asarray(np.r_[np.full(3, 0.5), desirable.numpy()], jnp.float32))
+        rho = density_ratio(jnp.asarray(np.r_[np.full(3, 0.5), desirable.numpy()]))
         batch = Batch(labels=labels, prompt_weight=rho if matched else None)
 
         def ours(p, q=q, batch=batch, state=state):
-            seq = SeqStats(p[:, None], jnp.asarray(q, jnp.float32)[:, None], jnp.ones((6, 1)))
+            seq = SeqStats(p[:, None], jnp.asarray(q)[:, None], jnp.ones((6, 1)))
             per_item, after, _ = loss(spec, seq, batch, state)
             return per_item.mean(), after
 
-        state = ours(jnp.asarray(p, jnp.float32))[1]
+        state = ours(jnp.asarray(p))[1]
         agree(lambda p, f=ours: f(p)[0], p, losses.nanmean().detach(), policy.grad)
-        assert float(state.mean) == pytest.approx(float(delta), rel=1e-5)
+        assert float(state.mean) == pytest.approx(float(delta), rel=1e-6)
 
 
 # ---- XPOTrainer, NashMDTrainer: their loss methods take log-probs of tokens
@@ -449,7 +459,7 @@ def test_xpo_trainer(trl, link):
     value.backward()
     spec = resolve("xpo", beta=0.1, alpha=0.3, link=link)
     order = lambda a, b: jnp.where(first[:, None], jnp.stack([a, b], 1), jnp.stack([b, a], 1))
-    q = order(*(jnp.asarray(v.sum(1), jnp.float32) for v in (ref_of_own, ref_of_theirs)))
+    q = order(*(jnp.asarray(v.sum(1)) for v in (ref_of_own, ref_of_theirs)))
 
     def ours(lp):
         seq = SeqStats(order(lp[0].sum(1), lp[1].sum(1)), q, jnp.full((B, 2), float(T)))
@@ -468,10 +478,10 @@ def test_nash_md_trainer(trl):
     value.backward()
     spec = resolve("nash_md", beta=0.2)
     whole = jnp.ones((B, 1, T), bool)
-    batch = Batch(scores=jnp.asarray(probability, jnp.float32)[:, None])
+    batch = Batch(scores=jnp.asarray(probability)[:, None])
 
     def ours(lp):
-        tokens = Tokenwise(lp[:, None], jnp.asarray(ref, jnp.float32)[:, None], whole)
+        tokens = Tokenwise(lp[:, None], jnp.asarray(ref)[:, None], whole)
         return loss(spec, statistics(tokens, spec), batch)[0].mean()
 
     agree(ours, lp, value.detach(), x.grad)
