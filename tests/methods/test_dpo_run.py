@@ -58,6 +58,21 @@ def finished(tmp_path_factory):
     return folder, run.run(settings(), folder)
 
 
+def interrupt(config, folder, *, after):
+    """Begin the run and break it off after that many updates."""
+    save = Run.save
+
+    def stop(self, i, state, **kwargs):
+        save(self, i, state, **kwargs)
+        if self.stage == "dpo" and i == after - 1:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.run(config, folder)
+
+
 def parameters(folder):
     return run.trained(settings(), folder)[1]
 
@@ -84,49 +99,32 @@ def test_a_run_leaves_pairs_samples_and_their_change(finished):
     assert {"rewards/accuracy", "rewards/margin", "logps/chosen"} <= set(steps[0])
 
 
-def test_a_resumed_run_has_the_same_bits(finished, tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_same_bits(finished, tmp_path):
     folder, results = finished
-    save = Run.save
-
-    def stop(self, i, state, **kwargs):
-        save(self, i, state, **kwargs)
-        if self.stage == "dpo" and i == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run.run(settings(), tmp_path)
+    interrupt(settings(), tmp_path, after=2)
     assert run.run(settings(), tmp_path) == results
     jax.tree.map(np.testing.assert_array_equal, parameters(folder), parameters(tmp_path))
 
 
+# What depends on earlier batches or on the number of the step; one run for each kind of data.
+REMEMBERING = [n for n, s in sorted(REGISTRY.items()) if s.state or s.weighting == "subsample"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"loss__name": "beta_dpo"},
-        {"loss__name": "alpha_dpo"},
-        {"loss__name": "sampo"},
-        {"loss__name": "sigmoid", "reference__kind": "synced", "reference__every": 1},
-    ],
-    ids=lambda c: "-".join(map(str, c.values())),
-)
-def test_what_a_loss_remembers_survives_an_interruption(changes, tmp_path, monkeypatch):
-    whole = run.run(settings(**changes), tmp_path / "whole")
-    save = Run.save
-
-    def stop(self, i, state, **kwargs):
-        save(self, i, state, **kwargs)
-        if self.stage == "dpo" and i == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run.run(settings(**changes), tmp_path / "cut")
-    assert run.run(settings(**changes), tmp_path / "cut") == whole
-    assert logged(tmp_path / "cut", "dpo") == logged(tmp_path / "whole", "dpo")
+@pytest.mark.parametrize("schema", sorted({REGISTRY[n].schema for n in REMEMBERING}))
+def test_what_losses_and_references_remember_survives_an_interruption(schema, tmp_path):
+    names = [n for n in REMEMBERING if REGISTRY[n].schema == schema]
+    changes = {"loss__name": "+".join(names), "reference__kind": "synced", "reference__every": 1}
+    if schema != "pair":
+        path = written(tmp_path / "data.jsonl", list(records_of(schema)))
+        changes |= {"data__path": path}
+    c = settings(**changes, eval__samples=0)
+    whole = run.run(c, tmp_path / "whole")
+    interrupt(c, tmp_path / "cut", after=2)
+    assert run.run(c, tmp_path / "cut") == whole
+    steps = logged(tmp_path / "whole", "dpo")
+    assert logged(tmp_path / "cut", "dpo") == steps
+    assert all(f"loss/{name}" in steps[-1] for name in names)
 
 
 @pytest.mark.slow
@@ -208,9 +206,9 @@ def test_sppo_scores_are_mean_win_probabilities_and_nash_md_keeps_one_response()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(online.KINDS))
-def test_a_round_is_drawn_once_and_a_resumed_run_has_the_same_bits(kind, tmp_path, monkeypatch):
+def test_a_round_is_drawn_once_and_a_resumed_run_has_the_same_bits(kind, tmp_path):
     name = {"iterative": "sigmoid", "sppo": "sppo_soft"}.get(kind, kind)
-    changed = dict(online__kind=kind, online__every=2, loss__name=name)
+    changed = dict(online__kind=kind, online__every=2, loss__name=name, eval__samples=0)
     whole = run.run(settings(**changed), tmp_path / "whole")
     rounds = sorted(p.name for p in (tmp_path / "whole" / "once").glob("round-*"))
     assert rounds == ["round-000000.json", "round-000001.json"]
@@ -218,36 +216,8 @@ def test_a_round_is_drawn_once_and_a_resumed_run_has_the_same_bits(kind, tmp_pat
     iterated = online.KINDS[kind].iterated
     assert kept["policy_step"] == 2 and kept["reference_step"] == (2 if iterated else 0)
     assert len(kept["items"]) == 8
-    save = Run.save
-
-    def stop(self, i, state, **kwargs):
-        save(self, i, state, **kwargs)
-        if self.stage == "dpo" and i == 2:  # in the middle of a round, after the checkpoint
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run.run(settings(**changed), tmp_path / "cut")
+    interrupt(settings(**changed), tmp_path / "cut", after=3)  # amid a round, after the checkpoint
     assert run.run(settings(**changed), tmp_path / "cut") == whole
-
-
-@pytest.mark.slow
-def test_every_loss_of_plain_pairs_trains_with_a_finite_loss(tmp_path):
-    plain = [
-        name
-        for name, spec in REGISTRY.items()
-        if spec.schema in ("pair", "scored")
-        and not spec.needs - {"reference", "tokens", "log_sum_p2", "ref_entropy", "kl", "scores", "vocab"}
-        and name != "sppo_soft"  # reads win probabilities
-    ]  # fmt: skip
-    assert len(plain) > 30
-    for name in plain:
-        extra = {"loss__label_smoothing": 1e-3} if name == "exo_pair" else {}
-        extra |= {"data__annotator": "best"} if name == "odpo" else {}
-        folder = tmp_path / name
-        run.run(settings(loss__name=name, steps=3, eval__samples=0, **extra), folder)
-        assert all(np.isfinite(x["loss"]) for x in logged(folder, "dpo")), name
 
 
 # ---- data of one's own
