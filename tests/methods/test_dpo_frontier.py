@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrepro import files
+from jaxrepro.config import UserError
 from jaxrepro.methods.dpo import frontier
 
 
@@ -55,6 +56,14 @@ def test_the_command_prints_draws_and_names_what_lacks(tmp_path, capsys):
     assert frontier.main([f"--results={tmp_path}/r.json", f"--picture={tmp_path}/p.png"]) == 0
     assert "| `simpo` |" in capsys.readouterr().out
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    data["arms"]["ipo"]["per_seed"]["2"] = {"error": "it was killed"}
+    assert frontier.seeds_of(data) == ["0", "1"] and len(frontier.rows(data)) == 13
+    data["arms"]["ipo"]["per_seed"] = {"0": {"error": "it was killed"}}
+    with pytest.raises(UserError, match="no seed has finished"):
+        frontier.rows(data)
+    files.write_json(tmp_path / "list.json", [1])
+    assert frontier.main([f"--results={tmp_path}/list.json"]) == 2
+    assert "no results of a study" in capsys.readouterr().err
     del data["arms"]["simpo"]
     files.write_json(tmp_path / "r.json", data)
     assert frontier.main([f"--results={tmp_path}/r.json"]) == 2

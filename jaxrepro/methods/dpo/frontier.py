@@ -54,14 +54,28 @@ def level(kl: float, line: Sequence[tuple[float, float]]) -> float:
     return float(np.interp(np.sqrt(max(kl, 0.0)), np.sqrt(np.maximum(x, 0.0)), y))
 
 
-def rows(data: Mapping[str, Any]) -> list[Row]:
-    """The line's arms, then the losses by how far they are above it."""
-    arms = {name: arm["per_seed"] for name, arm in data.get("arms", {}).items()}
-    if lacks := [name for name in (*LINE, *LOSSES) if not arms.get(name)]:
+def seeds_of(data: Any) -> list[str]:
+    """Seeds that every arm has finished; UserError where there are none."""
+    if not isinstance(data, Mapping) or not isinstance(data.get("arms"), Mapping):
+        raise UserError("these are no results of a study; name a file of `jaxrepro.reproduce`")
+    arms = data["arms"]
+    if lacks := [name for name in (*LINE, *LOSSES) if name not in arms]:
         raise UserError(
             f"the results lack the arms {', '.join(lacks)}; run the whole study of configs/dpo.py:tiny"
         )
-    seeds = sorted(set.intersection(*(set(arms[name]) for name in (*LINE, *LOSSES))))
+    done = lambda found: {s for s, run in found.items() if {KL, WIN, LENGTH} <= set(run)}
+    seeds = set.intersection(*(done(arms[name]["per_seed"]) for name in (*LINE, *LOSSES)))
+    if not seeds:
+        raise UserError(
+            "no seed has finished every arm of the line and of the losses; finish the study"
+        )
+    return sorted(seeds, key=int)
+
+
+def rows(data: Any) -> list[Row]:
+    """The line's arms, then the losses by how far they are above it; over `seeds_of`."""
+    seeds = seeds_of(data)
+    arms = {name: arm["per_seed"] for name, arm in data["arms"].items()}
     found = []
     for name in (*LINE, *LOSSES):
         kl, win, length = ([arms[name][s][metric] for s in seeds] for metric in (KL, WIN, LENGTH))
@@ -153,8 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     a = p.parse_args(argv)
     try:
         data = files.read_json(a.results)
-        found = rows(data)
-        print(table(found, len(data["seeds"])))
+        found, seeds = rows(data), seeds_of(data)
+        print(f"{len(seeds)} seeds\n\n{table(found, len(seeds))}")
         if a.picture:
             draw(found, Path(a.picture))
     except UserError as e:

@@ -6,7 +6,8 @@
 A mean over the letters, so length is worth nothing by itself. Answers are drawn from a fixed Markov chain, the
 world's reference: what supervised fine-tuning on `demonstration` learns. Everything is a function of an index and
 the name of a stream, so data has no end and needs no file. Of the 3,360 prompts an eighth, chosen by hash, is held
-out: only records with held=True ask them.
+out: only records with held=True ask them. The reward knows no order, so a held-out prompt is a new order of letters
+that training asked for in others.
 """
 
 import math
