@@ -253,6 +253,7 @@ def get_claims(size: str = "tiny") -> dict:
     claims = [
         above("optimum", "table", "after/table/tv", "on infinitely many Bradley-Terry pairs DPO ends at ref exp(r / beta), total variation < 0.02", 0.02, "<"),
         more("no bound", "best_sigmoid_8000", "best_sigmoid_2000", kl, "where the better answer always wins, DPO (beta .5) is further from its start after 8,000 steps than after 2,000: a table of answers, no sampling error"),
+        above("collapse", "best_sigmoid_8000", "after/table/entropy", "there DPO ends with its mass on one answer: entropy below 0.1 nats", 0.1, "<"),
         same("bound", "best_ipo_8000", "best_ipo_2000", kl, 0.01, "there IPO (tau .2) has come to rest"),
         *(
             more(f"noise, {flips} %", f"flips_{flips}_robust", f"flips_{flips}", right, f"with {flips} % of the labels turned round, rDPO that is told so is right on more held-out pairs than DPO")

@@ -1,5 +1,7 @@
 """Losses beside DPO's line of win rate against KL."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -68,3 +70,9 @@ def test_the_command_prints_draws_and_names_what_lacks(tmp_path, capsys):
     files.write_json(tmp_path / "r.json", data)
     assert frontier.main([f"--results={tmp_path}/r.json"]) == 2
     assert "lack the arms simpo" in capsys.readouterr().err
+
+
+def test_the_readmes_table_is_that_of_the_results():
+    data = files.read_json(frontier.FILE)
+    readme = Path(frontier.__file__).with_name("README.md").read_text()
+    assert frontier.table(frontier.rows(data), len(frontier.seeds_of(data))) in readme

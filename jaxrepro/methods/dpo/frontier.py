@@ -119,42 +119,45 @@ def table(found: Sequence[Row], seeds: int) -> str:
 
 
 def draw(found: Sequence[Row], path: Path) -> None:
-    """The line and the losses, with intervals over seeds."""
+    """The line and the losses with intervals over seeds, and once more where they crowd."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    panels = figure.subplots(1, 2)
     line = sorted((row.kl.mean, row.win.mean) for row in found if row.above is None)
+    losses = [row for row in found if row.above is not None]
     x = np.linspace(0, line[-1][0], 200)
-    axes.plot(x, [level(k, line) for k in x], color="0.6", label="DPO, beta 1 to .03")
-    for row in found:
-        own = row.above is None
-        spread = {
-            f"{a}err": [[v.mean - v.lo], [v.hi - v.mean]]
-            for a, v in (("x", row.kl), ("y", row.win))
-        }
-        axes.errorbar(
-            row.kl.mean,
-            row.win.mean,
-            **spread,
-            fmt="o",
-            color="0.6" if own else "#1f5fa8",
-            elinewidth=0.8,
-        )
-        if not own:
-            axes.annotate(
-                row.name,
-                (row.kl.mean, row.win.mean),
-                (4, -9),
-                textcoords="offset points",
-                fontsize=8,
+    for axes in panels:
+        axes.plot(x, [level(k, line) for k in x], color="0.7", label="DPO, beta 1 to .03")
+        axes.plot(*np.array(line).T, "o", color="0.7")
+        for i, row in enumerate(losses):
+            spread = {
+                f"{a}err": [[v.mean - v.lo], [v.hi - v.mean]]
+                for a, v in (("x", row.kl), ("y", row.win))
+            }
+            axes.errorbar(
+                row.kl.mean,
+                row.win.mean,
+                **spread,
+                fmt="o",
+                color=colormaps["tab10"](i),
+                label=row.name,
+                elinewidth=0.8,
             )
-    axes.set(xlabel="KL to the start, nats a response", ylabel="win rate against the start")
-    axes.legend(frameon=False, loc="lower right")
+        axes.set(xlabel="KL to the start, nats a response")
+    panels[0].set(ylabel="win rate against the start")
+    far = [row for row in losses if row.kl.mean > line[-1][0] / 2] or losses
+    ends = [e for row in far for e in (row.win.lo, row.win.hi)]
+    panels[1].set(
+        xlim=(min(r.kl.lo for r in far) - 0.2, max(r.kl.hi for r in far) + 0.2),
+        ylim=(min(ends) - 0.01, max(ends) + 0.01),
+    )
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     with files.whole(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+        figure.savefig(file, format="png", dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
