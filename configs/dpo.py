@@ -79,6 +79,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
 
     # auto: cached for data that exists, adapter with LoRA, live or synced for drawn pairs, none where it may
     config.reference = ConfigDict(dict(kind="auto", every=512, alpha=0.6))
+    # a workdir: the reference is its last parameters (kinds cached, live), not the start
+    config.reference.init_from = config_dict.placeholder(str)
     config.judge = "jaxrepro.methods.dpo.world:judge"  # module:function; scores samples
 
     config.online = ConfigDict(
@@ -156,11 +158,11 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if config.study not in PAPER:
         raise ValueError(f"study {config.study!r} is not one of {', '.join(PAPER)}")
     (beta, ratio, simpo_lr), dpo_lr = PAPER[config.study][3:5]
-    fill = {"dpo.lr": dpo_lr}
-    if config.loss.name == "simpo":
+    fill, parts = {"dpo.lr": dpo_lr}, config.loss.name.split("+")
+    if "simpo" in parts:
         beta = beta if config.loss.beta is None else config.loss.beta
         fill = {"dpo.lr": simpo_lr, "loss.beta": beta, "loss.gamma": ratio * beta}
-    elif config.loss.name == "sigmoid":
+    elif "sigmoid" in parts:
         fill["loss.beta"] = 0.01
     for name, value in fill.items():
         section, key = name.split(".")
@@ -169,7 +171,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return config
 
 
-TEN = {  # losses that are compared on the same data, seeds and warm-up; defaults of their papers but for beta
+TEN = {  # losses that are compared on the same data, seeds and warm-up: one setting each, not always a paper's
     "sigmoid": {},
     "ipo": {"loss.beta": 0.2},
     "hinge": {},

@@ -156,8 +156,17 @@ def _same(a: str | None, b: str) -> bool:
 
 
 def _from_path(path: str, subset: str | None, test: int) -> Questions:
-    found = sources.load(path, subset or SUBSETS.get(path))
-    made = {split: [record(r.fields, r.id) for r in rows] for split, rows in found.items()}
+    return read(sources.load(path, subset or SUBSETS.get(path)), test)
+
+
+def are(rows: Sequence[sources.Row]) -> bool:
+    """Whether rows of a path are questions: the first one has the fields."""
+    return any(rows[0].fields.keys() >= set(fields) for fields in FIELDS)
+
+
+def read(rows: Mapping[str, Sequence[sources.Row]], test: int) -> Questions:
+    """Questions of the rows of a path, by split; test: as in `load`."""
+    made = {split: [record(r.fields, r.id) for r in some] for split, some in rows.items()}
     return Questions(*apart(made["train"], made.get("test"), test))
 
 
@@ -174,8 +183,14 @@ def apart(
     """
     text = lambda item: " ".join(key(item).split())
     if test is None:
-        test = [e for e in train if held_out(key(e))][:count]
-        train = [e for e in train if not held_out(key(e))]
+        held = [e for e in train if held_out(key(e))]
+        train, test = [e for e in train if not held_out(key(e))], held[:count]
+        if len(held) > count:  # not trained on either: another count would test them
+            print(
+                f"held out: {len(held)} items by their text, {count} of them tested; {len(train)} are "
+                "trained on",
+                flush=True,
+            )
     texts = {text(e) for e in test}
     kept = [e for e in train if text(e) not in texts]
     if len(kept) < len(train):

@@ -174,14 +174,28 @@ def initial(policy: Policy, config: Any) -> Any:
     base, places = dataclasses.replace(policy.cfg, lora=None), lora.off(policy.shardings)
     key = jax.random.key(config.seed)
     if config.init_from:
-        params = _begun(config.init_from, base, policy.mesh)
-    elif policy.source is None:
+        return begun(policy, config.init_from, seed=config.seed)
+    if policy.source is None:
         params = jax.jit(partial(transformer.init, cfg=base), out_shardings=places)(key)
     else:
         read = gguf.load if policy.source.suffix == gguf.SUFFIX else hf.load
         params = read(policy.source, base, shardings=places)
+    return _attached(policy, params, key)
+
+
+def begun(policy: Policy, path: Any, *, seed: int = 0) -> Any:
+    """The last parameters of another run as a policy's, with fresh adapters where it has adapters.
+
+    Adapters that the other run trained are merged into its weights.
+    """
+    base = dataclasses.replace(policy.cfg, lora=None)
+    return _attached(policy, _begun(path, base, policy.mesh), jax.random.key(seed))
+
+
+def _attached(policy: Policy, params: Any, key: Any) -> Any:
     if policy.cfg.lora is None:
         return params
+    base = dataclasses.replace(policy.cfg, lora=None)
     return sharding.place(lora.attach(key, params, base, policy.cfg.lora)[0], policy.shardings)
 
 

@@ -35,7 +35,7 @@ def carried(spec):
 def group(name):
     """Losses that share rows and a way through a step, and so a program."""
     spec = resolve(name)
-    return "pair" if spec.schema in setting.PAIRS else spec.schema, programs.whole(((spec, 1.0),))
+    return "pair" if spec.schema in checks.PAIRS else spec.schema, programs.whole(((spec, 1.0),))
 
 
 NAMES = [n for n, s in sorted(REGISTRY.items()) if carried(s)]

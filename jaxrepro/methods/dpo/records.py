@@ -37,19 +37,32 @@ def load(
     A source without a test split of its own gives `test` records whose prompts are held out (fewer, where
     it has fewer). Prints a line for what `notes` finds. UserError names file, line and field.
     """
-    wanted = schemas.get(schema)
-    if wanted.k == 0:
+    _text(schema)
+    return checked(sources.load(path, subset, splits=SPLITS), path, schema, test)
+
+
+def checked(
+    rows: Mapping[str, Sequence[sources.Row]], path: str, schema: str, test: int
+) -> Preferences:
+    """`load` of rows that are read already."""
+    wanted = _text(schema)
+    found = {
+        split: [wanted.validate(row.fields, row.where, id=row.id) for row in some]
+        for split, some in rows.items()
+    }
+    for split, some in found.items():
+        for note in notes(some):
+            print(f"{path} {split}: {note}", flush=True)
+    return Preferences(*questions.apart(found["train"], found.get("test"), test, key=asked))
+
+
+def _text(schema: str) -> schemas.Schema:
+    found = schemas.get(schema)
+    if found.k == 0:
         raise UserError(
             "data.schema=image is no text: give arrays to images() instead of data.path"
         )
-    found = {
-        split: [wanted.validate(row.fields, row.where, id=row.id) for row in rows]
-        for split, rows in sources.load(path, subset, splits=SPLITS).items()
-    }
-    for split, records in found.items():
-        for note in notes(records):
-            print(f"{path} {split}: {note}", flush=True)
-    return Preferences(*questions.apart(found["train"], found.get("test"), test, key=asked))
+    return found
 
 
 def asked(record: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Log-probabilities of the frozen reference, computed once and kept in a folder.
 
-A file's name is a fingerprint of the weights and of every token that they read, so one made with another model,
-tokenizer, chat template (also one that writes today's date), truncation or data is never found. Scores and
-labels do not count: the reference does not see them.
+A file's name is a fingerprint of the weights, of every token that they read and of what was computed, so one made
+with another model, tokenizer, chat template (also one that writes today's date), truncation or data is never found.
+Scores and labels do not count: the reference does not see them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrepro.config import UserError
@@ -21,7 +22,9 @@ from jaxrepro.data import locate
 from jaxrepro.files import whole, writing
 from jaxrepro.methods.dpo.rows import Item, Shape, prompts_of
 
-_VERSION = "1"  # of what a fingerprint covers
+_VERSION = "2"  # of what a fingerprint covers
+CLOSE = 1e-2  # nats a token, in float32
+COARSE = 16  # roundings of a computation in bfloat16 that a token's log-prob may be off
 
 
 def weights(params: Any, cfg: Any) -> str:
@@ -37,9 +40,15 @@ def weights(params: Any, cfg: Any) -> str:
     return found.hexdigest()
 
 
-def fingerprint(model: str, items: Sequence[Item], shape: Shape) -> str:
-    """32 hexadecimal digits of a model (`weights`) and the tokens of these items, in this order."""
-    found = hashlib.blake2b(f"{_VERSION} {model} {tuple(shape)}".encode(), digest_size=16)
+def fingerprint(
+    model: str, items: Sequence[Item], shape: Shape, names: Sequence[str] = ("lp",)
+) -> str:
+    """32 hexadecimal digits of a model (`weights`) and the tokens of these items, in this order.
+
+    names: what is computed of each token, in the order in which it is kept.
+    """
+    what = f"{_VERSION} {model} {tuple(shape)} {tuple(names)}"
+    found = hashlib.blake2b(what.encode(), digest_size=16)
     for one in items:
         for ids in (*prompts_of(one), *one["responses"]):
             found.update(np.array([len(ids), *ids], np.int64))
@@ -52,14 +61,24 @@ def folder() -> Path:
     return locate.cache() / "reference"
 
 
-def compare(kept: np.ndarray, live: np.ndarray, close: float, ids: Sequence[str]) -> None:
-    """UserError where log-probs from the cache are not those that the reference gives now."""
-    apart = np.abs(kept - live).reshape(len(ids), -1).max(1)
-    worst = int(apart.argmax())
-    if not apart[worst] <= close:
+def compare(kept: np.ndarray, live: np.ndarray, ids: Sequence[str], dtype: Any) -> None:
+    """UserError where values (n, names, k, c) from the cache are not those that the reference gives now.
+
+    dtype: in which the model computes.
+    """
+    apart, close = np.abs(kept - live), np.full(kept.shape, CLOSE)
+    if jnp.finfo(dtype).bits < 32:
+        # A bfloat16 logit of 20 is rounded by 1/16, and another program rounds otherwise: a single token may
+        # well be 0.1 off. Such errors are independent, so those of a response add up like the root of its
+        # length; another template or model shifts its sum by far more.
+        apart = np.abs(kept.sum(-1) - live.sum(-1))
+        length = np.maximum((kept != 0).sum(-1), 1)
+        close = COARSE * float(jnp.finfo(dtype).eps) * np.sqrt(length)
+    worst = np.unravel_index(int((apart / close).argmax()), apart.shape)
+    if not apart[worst] <= close[worst]:
         raise UserError(
-            f"example {ids[worst]}: the cached reference is {apart[worst]:.3g} nats from the live one "
-            f"(limit {close:g}); delete {folder()}"
+            f"example {ids[worst[0]]}: the cached reference is {apart[worst]:.3g} nats from the live one "
+            f"(limit {close[worst]:.3g}); delete {folder()}"
         )
 
 

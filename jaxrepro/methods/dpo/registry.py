@@ -107,19 +107,23 @@ def resolve(name: str, **overrides: Any) -> LossSpec:
     return dataclasses.replace(spec, hyper=MappingProxyType(hyper), needs=needs)
 
 
-def mix(names: Sequence[str], weights: Sequence[float | int] | None = None, **overrides: Any):
-    """[(spec, weight), ...] for `total`. An override goes to every loss that has it; one must.
+def mix(names: Sequence[str], shares: Sequence[float | int] | None = None, /, **overrides: Any):
+    """[(spec, share), ...] for `total`. An override goes to every loss that has it; one must.
 
     A single name of MIXES stands for the published sum.
     """
     if len(names) == 1 and names[0] in MIXES:
         _, parts, published = MIXES[names[0]]
         names = [n for n, _ in parts]
-        weights = [w for _, w in parts] if weights is None else weights
+        shares = [w for _, w in parts] if shares is None else shares
         overrides = published | overrides
-    weights = [1.0] * len(names) if weights is None else list(weights)
-    if not names or len(weights) != len(names):
-        raise UserError(f"{len(names)} losses with {len(weights)} weights; give one weight a loss")
+    shares = [1.0] * len(names) if shares is None else list(shares)
+    if not names or len(shares) != len(names):
+        raise UserError(f"{len(names)} losses with {len(shares)} weights; give one weight a loss")
+    if not all(_real(w) and w >= 0 for w in shares) or not any(shares):
+        raise UserError(f"shares of losses are {shares}; give numbers from 0, and one above 0")
+    if len(set(names)) < len(names):
+        raise UserError(f"losses {'+'.join(names)}: one is named twice; give it a larger share")
     for name in set(names) - set(REGISTRY):
         resolve(name)  # raises
     for key in overrides:
@@ -132,7 +136,7 @@ def mix(names: Sequence[str], weights: Sequence[float | int] | None = None, **ov
                 _check(REGISTRY[name], key, value)
     return [
         (resolve(n, **{k: v for k, v in overrides.items() if k in REGISTRY[n].defaults}), float(w))
-        for n, w in zip(names, weights, strict=True)
+        for n, w in zip(names, shares, strict=True)
     ]
 
 

@@ -21,6 +21,7 @@ from jaxrepro.config import UserError
 from jaxrepro.data import batches
 from jaxrepro.data.questions import Encoder
 from jaxrepro.methods.dpo import (
+    checks,
     evaluation,
     online,
     programs,
@@ -40,8 +41,6 @@ from jaxrepro.train import memory, policy, quiz, sft
 from jaxrepro.train.loop import Run
 
 STAGE, WARM = "dpo", "sft"
-CHECKED = 8  # items on which a cached reference is compared with the live one
-CLOSE = 1e-2  # nats a token
 
 
 def run(
@@ -88,13 +87,14 @@ def asked(config: Any) -> list[Any]:
 def check(config: Any) -> None:
     """UserError for settings that can't work, before anything is read."""
     online.check(config.online.kind, config.online.samples)
-    setting.reference(config, setting.mix(config))
+    losses = setting.mix(config)
     setting.annotator(config)
     if config.model.shape != table.SHAPE:
         policy.check(config)
     least = dict.fromkeys(("online.every", "online.tries"), 1)
     least |= dict.fromkeys(("sft.steps", "eval.samples", "online.keep"), 0)
     policy.check_rows(config, {"sft": config.sft.steps, "dpo": config.steps}, least)
+    setting.reference(config, losses)
     if config.lora.rank and config.sft.steps and not config.init_from:
         raise UserError(
             f"lora.rank={config.lora.rank} with sft.steps={config.sft.steps}: the warm-up would train the "
@@ -116,6 +116,7 @@ def check(config: Any) -> None:
             "model.path is needed (a folder, a .gguf file, a hub name, smollm2): a model from scratch "
             "knows the letters and the chains alone"
         )
+    checks.settings(config, losses)
 
 
 # Warm-up ---------------------------------------------------------------------------------------
@@ -165,8 +166,9 @@ def prefer(run: Run, s: Setting, start: Callable[[], Any], judge: Any) -> Any:
     """Parameters after `steps` updates of the losses."""
     config, section = s.config, s.config.dpo
     items: Sequence[Item] = s.train
+    own = config.reference.get("init_from")
     if s.reference.kind == "cached":
-        items = refer(run, s, start(), items)
+        items = refer(run, s, policy.begun(s.policy, own) if own else start(), items)
     shape = shape_of(items) if items else drawn_shape(s)
     settings = dict(cfg=s.policy.cfg, mix=s.mix, reference=s.reference)
     extra = partial(programs.first_extra, s.mix, s.reference)
@@ -188,6 +190,9 @@ def prefer(run: Run, s: Setting, start: Callable[[], Any], judge: Any) -> Any:
             steps=config.steps,
         ),
     )
+    if own and s.reference.kind == "live" and int(state.step) == 0:
+        state = state.replace(extra=state.extra | {"reference": None})  # before another is read
+        state = state.replace(extra=state.extra | {"reference": policy.begun(s.policy, own)})
     other = int("kl_p" in programs.needs_of(s.mix))
     arrays = partial(collate, shape=shape, pad=s.policy.tokenizer.pad, mismatched=other)
     offline = items and batches.dataset(items, arrays, batch=section.batch, seed=config.seed)
@@ -278,16 +283,19 @@ def refer(run: Run, s: Setting, start: Any, items: Sequence[Item]) -> list[Item]
     shape = shape_of(items)
     scorer = evaluation.Scorer(s, batch=s.config.eval.batch, needs=programs.needs_of(s.mix))
     ref = lora.off(start)
-    key = reference_cache.fingerprint(reference_cache.weights(ref, s.policy.cfg), items, shape)
     names = scorer.names
+    weights = reference_cache.weights(ref, s.policy.cfg)
+    key = reference_cache.fingerprint(weights, items, shape, names)
     full = (len(items), len(names), *shape_array(shape))
     folder = reference_cache.folder()
     found = distributed.first(lambda: reference_cache.load(folder, key, full) is not None)
     if found:
         values = reference_cache.load(folder, key, full)
-        some = np.random.default_rng(0).permutation(len(items))[:CHECKED]
-        live = scorer(ref, [items[i] for i in some], shape)
-        reference_cache.compare(values[some], live, CLOSE, [items[i]["id"] for i in some])
+        some = items[: s.config.eval.batch]  # the first batch, by the same program
+        live = scorer(ref, some, shape)
+        reference_cache.compare(
+            values[: len(some)], live, [one["id"] for one in some], s.policy.cfg.dtype
+        )
         run.say(f"reference: {len(items)} items from {folder.name}/{key[:8]}")
     else:
         values = scorer(ref, items, shape)

@@ -1,13 +1,15 @@
 """What a preference run is made of before its first step: losses, reference, policy, data."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxrepro.config import UserError
-from jaxrepro.data import questions
+from jaxrepro.data import questions, sources
 from jaxrepro.methods.dpo import (
+    checks,
     objective,
     online,
     programs,
@@ -23,10 +25,9 @@ from jaxrepro.methods.dpo.records import Preferences
 from jaxrepro.methods.dpo.rows import Item
 from jaxrepro.methods.dpo.spec import SCHEMAS, LossSpec
 from jaxrepro.methods.dpo.world import Annotator
-from jaxrepro.train import policy
+from jaxrepro.train import checkpoint, policy
 from jaxrepro.train.policy import Policy
 
-PAIRS = {"pair", "scored", "tie", "multi", "step"}  # schemas whose records are pairs, and more
 # What no run here has, by input and by schema; the losses are there for use from Python.
 UNTRAINED = {
     "value": "trains a value head",
@@ -60,6 +61,8 @@ def mix(config: Any) -> Mix:
     """The losses that a config names, with the hyper-parameters that it sets."""
     section = config.loss.to_dict()
     names, shares = section.pop("name").split("+"), section.pop("shares")
+    if odd := [share for share in shares if not isinstance(share, int | float)]:
+        raise UserError(f"loss.shares has {odd[0]!r}; give numbers from 0, such as 1,0.005")
     given = {key: value for key, value in section.items() if value is not None}
     found = tuple(registry.mix(names, shares or None, **given))
     if not found:
@@ -96,12 +99,15 @@ def refuse(spec: LossSpec, kind: str) -> None:
 def reference(config: Any, losses: Mix) -> Reference:
     """The reference policy of a config; kind "auto" is chosen here."""
     kind, drawn = config.reference.kind, bool(config.online.kind)
+    own = config.reference.get("init_from")  # runs of before have no such field
     needs = programs.needs_of(losses)
     wanted = needs & {"reference", "kl", "ref_entropy", "tokens", "kl_q"}
     if kind == "auto":
         asks = drawn and online.KINDS[config.online.kind].other in online.REFERENCES
         if not wanted and not asks:
             kind = "none"
+        elif own:
+            kind = "live" if drawn or needs & {"kl", "kl_q"} else "cached"
         elif drawn and online.KINDS[config.online.kind].iterated:
             kind = "synced"  # the policy of the round, adapters or not
         elif config.lora.rank:
@@ -113,6 +119,11 @@ def reference(config: Any, losses: Mix) -> Reference:
     every, alpha = config.reference.every, config.reference.alpha
     if kind == "synced" and drawn and config.reference.kind == "auto":
         every, alpha = config.online.every, 1.0  # the reference is the policy that drew the round
+    if own and kind not in ("cached", "live"):
+        raise UserError(
+            f"reference.init_from={own} with reference.kind={kind}: only cached and live ones can be other "
+            "than the start; leave it out, or use another loss or kind"
+        )
     if kind not in programs.REFERENCES:
         raise UserError(f"reference.kind={kind!r} is not one of {', '.join(programs.REFERENCES)}")
     if kind == "none" and wanted:
@@ -159,8 +170,10 @@ def prepare(config: Any) -> Setting:
     """Everything but the weights; UserError for data that does not fit the loss."""
     losses = mix(config)
     held_to = reference(config, losses)
+    if own := config.reference.get("init_from"):
+        checkpoint.find(own)  # refused now, not after the warm-up
     model = policy.open_policy(config, pieces=pieces(config))
-    schema = "pair" if config.online.kind else _schema(config, losses)
+    schema = "pair" if config.online.kind else checks.schema(config, losses)
     needs = programs.needs_of(losses)
     data = config.data
     encoder = Encoder(
@@ -188,9 +201,8 @@ def prepare(config: Any) -> Setting:
         test = [as_question(r) for r in test_records]
         asked = [as_question(r) for r in kept if schema == "forget" or r.get("label", True)]
         asked += [as_question(r["keep"]) for r in kept if "keep" in r]
-        if config.sft.steps and any(len(q["prompt"]) > 1 for q in asked):
-            raise UserError("sft.steps: a warm-up takes prompts of one turn; use 0, or init_from")
-    elif data.generator == "letters":
+        _one_turn(config, asked)
+    elif data.generator == "letters" and not data.path:
         if schema not in ("pair", "scored"):
             raise UserError(
                 f"loss {config.loss.name} reads {schema} records; the letters are pairs"
@@ -205,22 +217,56 @@ def prepare(config: Any) -> Setting:
         asked = [world.demonstration(i, stream) for i in range(data.n)]
         test = [world.demonstration(i, "test", held=True) for i in range(config.eval.n)]
     else:
-        found = questions.load(
-            path=data.path,
-            subset=data.subset,
-            generator=data.generator,
-            n=data.n,
-            test=2 * config.eval.n,
-            seed=config.seed,
-        )
-        reader = questions.Encoder(
-            model.tokenizer, data.max_tokens, data.max_completion, system=data.system
-        )
-        count = min(len(found.train), data.n)
-        asked = reader.fitting([found.train[i] for i in range(count)], "training")
-        test = reader.fitting(found.test, "test")[: config.eval.n]
-    check_scores(losses, train)
+        asked, test = _questions(config, encoder)
+    checks.items(losses, train)
     return Setting(config, model, encoder, losses, held_to, train, held, asked, test)
+
+
+def _questions(config: Any, encoder: Encoder) -> tuple[list[Any], list[Any]]:
+    """What is asked in training, and held-out questions: of data.path or of the generator, as far as they fit.
+
+    Preference records are questions too: their prompts, the preferred response as the solution.
+    """
+    data, room = config.data, 2 * config.eval.n
+    reader = questions.Encoder(
+        encoder.tokenizer, data.max_tokens, data.max_completion, system=data.system
+    )
+    if data.path:
+        subset = data.subset or questions.SUBSETS.get(data.path)
+        rows = sources.load(data.path, subset, splits=records.SPLITS)
+        if not questions.are(rows["train"]):
+            found = records.checked(rows, data.path, data.schema or "pair", room)
+            sides = [[as_question(r) for r in s if r.get("label", True)] for s in found]
+            _one_turn(config, sides[0])
+            fitting = reader.fitting if config.sft.steps else partial(_answerable, config, encoder)
+            asked, test = map(fitting, sides, ("training", "test"))
+            return asked, test[: config.eval.n]
+        found = questions.read(rows, room)
+        train = found.train
+    else:
+        found = questions.load(generator=data.generator, n=data.n, test=room, seed=config.seed)
+        train = [found.train[i] for i in range(min(len(found.train), data.n))]
+    asked = reader.fitting(train, "training")
+    return asked, reader.fitting(found.test, "test")[: config.eval.n]
+
+
+def _answerable(config: Any, encoder: Encoder, asked: list[Any], what: str) -> list[Any]:
+    """Questions whose prompts leave room for a drawn response; prints how many others there were."""
+    most = config.data.max_tokens - config.data.max_completion
+    kept = [q for q in asked if len(encoder.prompt(q)) <= most]
+    if len(kept) < len(asked):
+        print(f"{what}: left out {len(asked) - len(kept)} of {len(asked)} prompts longer than {most} tokens", flush=True)  # fmt: skip
+    if not kept:
+        raise UserError(
+            f"none of {len(asked)} {what} prompts leaves room for data.max_completion="
+            f"{config.data.max_completion} in data.max_tokens={config.data.max_tokens}; raise that"
+        )
+    return kept
+
+
+def _one_turn(config: Any, asked: Sequence[Any]) -> None:
+    if config.sft.steps and any(len(q["prompt"]) > 1 for q in asked):
+        raise UserError("sft.steps: a warm-up takes prompts of one turn; use 0, or init_from")
 
 
 def balances(losses: Mix, kept: Sequence[Any]) -> list[str]:
@@ -228,22 +274,6 @@ def balances(losses: Mix, kept: Sequence[Any]) -> list[str]:
     weights = [[spec.hyper.get(name) for name in ("lambda_d", "lambda_u")] for spec, _ in losses]
     found = [records.balance(kept, desirable=d, undesirable=u) for d, u in weights if d and u]
     return [note for note in found if note]
-
-
-def check_scores(losses: Mix, items: Sequence[Item]) -> None:
-    """UserError for scores that a loss cannot read: ODPO's out of order, SPPO's that are no probabilities."""
-    for spec, _ in losses:
-        for one in items:
-            if spec.name == "odpo" and spec.hyper["offset"] == "log" and one["scores"][0] <= one["scores"][1]:  # fmt: skip
-                raise UserError(
-                    f"example {one['id']}: odpo needs a chosen score above the rejected one; drop such pairs "
-                    "(of the letters: data.annotator=best), or use loss.offset=identity"
-                )
-            if spec.name == "sppo_soft" and not all(0 <= p <= 1 for p in one["scores"]):
-                raise UserError(
-                    f"example {one['id']}: sppo_soft reads scores as win probabilities, and they are "
-                    f"{one['scores']}; give numbers in [0, 1]"
-                )
 
 
 def _unlearnt(found: Preferences, k: int, seed: int) -> Preferences:
@@ -254,19 +284,6 @@ def _unlearnt(found: Preferences, k: int, seed: int) -> Preferences:
     return Preferences(
         records.keep(found.train, seed=seed), records.keep(found.test, seed=seed) if both else []
     )
-
-
-def _schema(config: Any, losses: Mix) -> str:
-    """The schema of the data: the configured one, else the one that the losses read."""
-    read = {spec.schema for spec, _ in losses}
-    plain = read - {"pair"} if read <= PAIRS else read
-    if len(plain) > 1:
-        raise UserError(
-            f"losses {config.loss.name} read different data: {', '.join(sorted(plain))}; mix losses "
-            "of one schema"
-        )
-    plain = plain or {"pair"}
-    return config.data.schema or plain.pop()
 
 
 def as_pair(one: Item, schema: str) -> Item:
