@@ -16,7 +16,7 @@ from jaxrepro.methods.dpo.programs import Reference
 from jaxrepro.methods.dpo.registry import REGISTRY
 from jaxrepro.methods.dpo.sequence import Batch, Tokenwise, statistics
 from jaxrepro.models import transformer
-from jaxrepro.train.state import init_state
+from jaxrepro.train.state import State, init_state
 from jaxrepro.train.step import make_step
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -185,6 +185,19 @@ def test_token_means_are_of_the_whole_batch_in_micro_batches(name):
     assert float(stepped(name, 4)[0][1]["loss/sft"]) == pytest.approx(float(mean), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["across", "unpaired"])
+def test_entropy_and_accuracy_of_tokens_are_those_of_all_logits(name):
+    rows, metrics = rows_for(name), stepped(name, 4)[0][1]
+    ids, at = laid(rows)
+    lp = np.asarray(all_logits(both()[0], ids, at)).reshape(*rows.tokens.shape, -1)
+    mask = np.arange(C) < np.asarray(rows.length)[..., None]
+    entropy = -(np.exp(lp) * lp).sum(-1)
+    assert float(metrics["entropy"]) == pytest.approx(entropy[mask].mean(), rel=1e-4)
+    right = lp.argmax(-1) == np.asarray(rows.tokens)
+    chosen = mask[:, :1] & (rows.data.labels[:, None, None] if name == "unpaired" else True)
+    assert float(metrics["token_accuracy"]) == pytest.approx(right[:, :1][chosen].mean())
+
+
 def test_kto_reads_the_completion_of_the_item_before():
     found = items(k=1)
     rows = rows_for("unpaired")
@@ -221,6 +234,13 @@ def test_a_synced_reference_moves_when_it_is_due():
     want = jax.tree.map(lambda p, r: 0.25 * p + 0.75 * r, policy, ref)
     for at, expected in ((0, ref), (1, ref), (2, want), (3, ref), (4, want)):
         meshes.assert_same(after(jnp.asarray(at)), expected)
+
+
+def test_a_synced_reference_that_is_not_due_reads_nothing_of_the_policy():
+    state = State(jnp.asarray(1), {"w": jnp.full(2, jnp.nan)}, None, {"reference": {"w": jnp.ones(2)}})  # fmt: skip
+    moved = partial(programs.moved, Reference("synced", every=2, alpha=0.5))
+    np.testing.assert_array_equal(moved(state)["w"], 1.0)
+    assert np.isnan(moved(state.replace(step=jnp.asarray(2)))["w"]).all()
 
 
 def test_log_probs_that_come_with_the_rows_are_those_of_the_reference():

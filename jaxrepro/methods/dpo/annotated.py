@@ -3,8 +3,6 @@
 Notation as in pairwise.py; r is a reward-model score.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -67,14 +65,14 @@ def todo(s, batch, *, beta=0.01, alpha=0.5):
 @variant("2409.17431", "inferred", needs="reference ties", schema="tie")
 def dpo_rk(s, batch, *, beta=0.1, nu=3.0):
     """DPO-RK: the same law, threshold log nu."""
-    return _rao_kupper(beta * s.d, batch.ties, math.log(nu))
+    return _rao_kupper(beta * s.d, batch.ties, jnp.log(nu))
 
 
 @variant("2409.17431", "inferred", needs="reference ties", schema="tie")
 def dpo_d(s, batch, *, beta=0.1, nu=1.0):
     """DPO-D, Davidson: P(w) = 1/(1 + e^-mu + 2 nu e^(-mu/2)), P(tie) = 2 nu e^(-mu/2) P(w)."""
     mu = beta * s.d
-    half = math.log(2 * nu) - mu / 2
+    half = jnp.log(2 * nu) - mu / 2
     total = jax.nn.logsumexp(jnp.stack([jnp.zeros_like(mu), -mu, half]), axis=0)
     return total - jnp.where(batch.ties, half, 0.0)
 

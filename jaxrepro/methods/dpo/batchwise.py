@@ -95,7 +95,7 @@ class Ema(NamedTuple):
 
 
 def select(
-    key, log_weight: Float[Array, "b"], kept: int, *, smallest: float = -87.0
+    key, log_weight: Float[Array, "b"], kept: int | Float[Array, ""], *, smallest: float = -87.0
 ) -> Bool[Array, "b"]:
     """True at `kept` items, drawn without replacement with weights exp(log_weight) (Gumbel top-k).
 
@@ -127,7 +127,7 @@ def beta_dpo(
     """
     d = sg(s.d)
     b = d.shape[0]
-    kept = max(1, int((1 - rho) * b + 1e-6))
+    kept = jnp.maximum(jnp.floor((1 - rho) * b + 1e-3), 1.0)  # .8 * 10 may be rounded below 8
     state = Ema(*state).update(d, decay=decay)
     mean, std = state.read(decay=decay, bias_correction=bias_correction)
     keep = select(batch.key, -0.5 * ((d - mean) / (std + eps)) ** 2, kept)

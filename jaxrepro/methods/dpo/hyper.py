@@ -49,6 +49,7 @@ HYPERPARAMETERS: dict[str, type] = {
     "retain_weight": float,
     "rho": float,
     "sft_weight": float,
+    "targets": str,
     "tau": float,
     "temperature": float,
     "use_weighting": bool,

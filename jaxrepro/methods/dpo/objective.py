@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxrepro.config import UserError
 from jaxrepro.methods.dpo import divergences
-from jaxrepro.methods.dpo.sequence import Batch, SeqStats, policy_weight, sg
+from jaxrepro.methods.dpo.sequence import Batch, SeqStats, Tokenwise, policy_weight, sg
 from jaxrepro.methods.dpo.spec import SCHEMAS, LossSpec, Result
 
 Curves = dict[str, tuple[Array, Array]]
@@ -164,9 +164,9 @@ def check_inputs(spec: LossSpec, seq: SeqStats, batch: Batch) -> None:
 def curves(spec: LossSpec, seq: SeqStats, batch: Batch) -> Curves:
     """Rewards, accuracy and margin of the responses as (sum, weight), whatever the loss made of them.
 
-    rewards/* = beta a (beta 1 where a loss has none), of plain log-ratios also with a divergence or with weighted tokens, so they are
-    comparable between losses. A loss without reference has mean_lp/*, mean log-probs, in their place
-    (and rewards/* too where a reference was given). Ranked: chosen is the best score, rejected the worst.
+    rewards/* = beta a (beta 1 where a loss has none), of plain log-ratios also with a divergence or with weighted
+    tokens: comparable between losses of one beta, and rewards/accuracy between all. A loss without reference has
+    mean_lp/*, mean log-probs, in their place (and rewards/* too where a reference was given). Ranked: chosen is the best score, rejected the worst.
     """
     seq = jax.tree.map(sg, seq._replace(tokens=None))
     raw_p = seq.plain
@@ -185,6 +185,17 @@ def curves(spec: LossSpec, seq: SeqStats, batch: Batch) -> Curves:
         w, l = _split(x, spec, batch)
         out |= {f"{name}/chosen": w, f"{name}/rejected": l}
     return {k: v for k, v in out.items() if v is not None}
+
+
+def token_curves(spec: LossSpec, tokens: Tokenwise, batch: Batch) -> Curves:
+    """`entropy` (nats a token) of chosen and rejected responses, `token_accuracy` (likeliest token) of chosen ones."""
+    if tokens.entropy is None:
+        return {}
+    total = lambda x: sg(jnp.where(tokens.mask, x, 0.0).sum(-1))
+    n, entropy, right = (_split(total(x), spec, batch) for x in (1.0, tokens.entropy, tokens.top1))
+    both = lambda sides: sum(side[0] for side in sides if side is not None)
+    out = {"entropy": (both(entropy), both(n))}
+    return out | ({"token_accuracy": (right[0][0], n[0][0])} if n[0] is not None else {})
 
 
 def _split(x, spec, batch):

@@ -56,13 +56,16 @@ def ipo_sum(s, batch, *, beta=0.1):
     "2402.00856",
     "TRL",
     divergence=True,
-    notes=("the official code's log-targets are (0, -10) instead of (log(1-eps), log eps)",),
+    choices={"targets": ("smoothed", "official")},
+    notes=(
+        "the official code's log-targets are (0, -10) instead of (log(1-eps), log eps): targets",
+    ),
 )
-def exo_pair(s, batch, *, beta=0.1, label_smoothing=1e-3):
-    """EXO eq. 16: KL((q, 1-q) || (1-eps, eps)), q = sigmoid(beta delta)."""
+def exo_pair(s, batch, *, beta=0.1, label_smoothing=1e-3, targets="smoothed"):
+    """EXO eq. 16: KL((q, 1-q) || (1-eps, eps)), q = sigmoid(beta delta); or log-targets (0, -10), "official"."""
     z = beta * s.delta
-    log_w = jnp.log1p(-jnp.asarray(label_smoothing, z.dtype))
-    log_l = jnp.log(jnp.asarray(label_smoothing, z.dtype))
+    eps = jnp.asarray(label_smoothing, z.dtype)
+    log_w, log_l = (0.0, -10.0) if targets == "official" else (jnp.log1p(-eps), jnp.log(eps))
     return sigma(z) * (-logistic(z) - log_w) + sigma(-z) * (-logistic(-z) - log_l)
 
 

@@ -31,6 +31,7 @@ from jaxrepro.train.state import State, step_key
 from jaxrepro.train.step import in_parts
 
 SLOPED = ("lp", "kl")  # arrays of tokens through which a loss has a gradient
+WATCHED = frozenset({"entropy", "top1"})  # arrays of tokens that only curves read
 REFERENCES = ("cached", "live", "synced", "adapter", "none")
 
 Mix = tuple[tuple[LossSpec, float], ...]  # losses and their weights
@@ -53,7 +54,8 @@ class Rows(NamedTuple):
 class Reference(NamedTuple):
     """Which policy a run is held to.
 
-    cached: log-probs come with the rows. live: a frozen copy in the state. synced: every `every` steps the
+    cached: log-probs come with the rows. live: a frozen copy in the state, of the start or, like cached ones, of
+    another run (reference.init_from; Pre-DPO, arXiv:2504.15843). synced: every `every` steps the
     copy moves to alpha * policy + (1 - alpha) * copy (TR-DPO, arXiv:2404.09656; alpha 1: a hard update, the
     reference of iterated methods). adapter: the policy with its adapters off. none: reference-free.
     """
@@ -90,9 +92,9 @@ def reference_params(reference: Reference, params: Any, extra: Any) -> Any:
 def moved(reference: Reference, state: State) -> Any:
     """The synced copy to which the update from `state` is held: after every `every` updates it has moved."""
     due = (state.step > 0) & (state.step % reference.every == 0)
-    share = jnp.where(due, reference.alpha, 0.0)
-    mix_in = lambda new, old: share * new + (1 - share) * old
-    return jax.tree.map(mix_in, state.params, state.extra["reference"])
+    share = reference.alpha
+    mix_in = lambda new, old: jax.tree.map(lambda a, b: share * a + (1 - share) * b, new, old)
+    return jax.lax.cond(due, mix_in, lambda new, old: old, state.params, state.extra["reference"])
 
 
 # Scores ----------------------------------------------------------------------------------------
@@ -119,9 +121,12 @@ def hidden_states(params: Any, cfg: TransformerConfig, rows: Rows, *, other: boo
 def tokenwise(
     params: Any, cfg: TransformerConfig, rows: Rows, needs: frozenset[str], ref_params: Any = None
 ) -> Tokenwise:
-    """What policy and reference say about each response token. ref_params: where `kl` is needed."""
+    """What policy and reference say about each response token. ref_params: where `kl` is needed.
+
+    needs: of losses, and names of WATCHED.
+    """
     hidden, head = hidden_states(params, cfg, rows), transformer.head(params, cfg)
-    want = ("lp", *(["log_sum_p2"] if "log_sum_p2" in needs else []))
+    want = ("lp", *sorted(needs & (WATCHED | {"log_sum_p2"})))
     found = token_stats(hidden, head, rows.tokens, want, vocab=cfg.used)
     mask = jnp.arange(rows.tokens.shape[-1]) < rows.length[..., None]
     reference, kl = rows.reference or {}, None
@@ -136,6 +141,8 @@ def tokenwise(
         ref_entropy=reference.get("entropy"),
         kl=kl,
         weights=reference.get("weights"),
+        entropy=found.get("entropy"),
+        top1=found.get("top1"),
     )
 
 
@@ -179,7 +186,8 @@ def evaluate(
 ) -> tuple[Float[Array, "b"], tuple[Any, ...], dict[str, Any]]:
     """Loss of each item, the losses' next states, and curves (sum, weight)."""
     seqs = [statistics(tokens, spec, key=data.key) for spec, _ in mix]
-    return objective.total(mix, seqs, data, states)
+    per_item, after, curves = objective.total(mix, seqs, data, states)
+    return per_item, after, curves | objective.token_curves(mix[0][0], tokens, data)
 
 
 def loss(
@@ -189,7 +197,7 @@ def loss(
     b, needs = rows.tokens.shape[0], needs_of(mix)
     ref_params = reference_params(reference, params, extra)
     if rows.slopes is None:
-        tokens = tokenwise(params, cfg, rows, needs, ref_params)
+        tokens = tokenwise(params, cfg, rows, needs | WATCHED, ref_params)
         per_item, _, curves = evaluate(mix, tokens, rows.data)
         return per_item.sum(), b, curves
     tokens = tokenwise(params, cfg, rows, needs & {"kl"}, ref_params)
@@ -232,7 +240,7 @@ def prepare(
     if not whole(mix):
         return rows._replace(data=data._replace(key=None)), extra
 
-    tokens = parts(lambda r: tokenwise(state.params, cfg, r, needs, ref_params), rows)
+    tokens = parts(lambda r: tokenwise(state.params, cfg, r, needs | WATCHED, ref_params), rows)
     sloped = {name: getattr(tokens, name) for name in SLOPED if getattr(tokens, name) is not None}
 
     def total(sloped):

@@ -36,6 +36,8 @@ class Tokenwise(NamedTuple):
     kl: Float[Array, "b k t"] | None = None  # KL(ref || pi) at the position
     weights: Float[Array, "b k t"] | None = None  # of TIS-DPO
     turn: Int[Array, "b k t"] | None = None  # number of the turn, from 0, of DMPO
+    entropy: Float[Array, "b k t"] | None = None  # of the policy, nats; for curves, as is top1
+    top1: Float[Array, "b k t"] | None = None  # 1 where the token is the policy's likeliest
 
 
 class SeqStats(NamedTuple):
@@ -183,9 +185,11 @@ def _subsample(key, mask: Bool[Array, "b k t"], shared: Float[Array, "b 1 1"]):
 
 def _turn_weights(turn: Int[Array, "b k t"], mask: Bool[Array, "b k t"], gamma):
     turns = jnp.where(mask, turn + 1, 0).max(-1, keepdims=True)
-    if gamma == 1.0:  # the limit of the quotient
-        return (turns - turn) / jnp.maximum(turns, 1)
-    return gamma**turn * (1 - gamma ** (turns - turn)) / (1 - gamma ** jnp.maximum(turns, 1))
+    gamma = jnp.asarray(gamma, float)
+    plain = (turns - turn) / jnp.maximum(turns, 1)  # the limit of the quotient
+    g = jnp.where(gamma == 1, 0.5, gamma)
+    found = g**turn * (1 - g ** (turns - turn)) / (1 - g ** jnp.maximum(turns, 1))
+    return jnp.where(gamma == 1, plain, found)
 
 
 def policy_weight(s: SeqStats, *, clamp: bool = False) -> Float[Array, "b"]:

@@ -6,8 +6,9 @@
 
 The function's name is the key, its keyword arguments are the hyper-parameters with their defaults. A
 formula takes (s: SeqStats, batch: Batch), and its state third where it has one. It returns the loss of
-each item (b,), or a `Result`. Hyper-parameters may be traced arrays, to be swept with vmap; those that
-switch a term off (nll_weight, kl_alpha, alpha of alphapo, None) are plain.
+each item (b,), or a `Result`. Hyper-parameters may be traced arrays, to be swept with vmap, but for those
+that choose a form: words, flags, tuples (weights), those that are None, and those whose 0 leaves a term out
+(nll_weight, kl_alpha, alpha of alphapo).
 """
 
 import dataclasses

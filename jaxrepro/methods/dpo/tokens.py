@@ -94,10 +94,11 @@ def dmpo(s, batch, *, beta=0.1, gamma=0.7):
 def dispersion(s: SeqStats, vocab, c) -> Float[Array, "b"]:
     """phi = -c log Hbar: Hbar the reference's mean token entropy over log V, averaged over the pair.
 
-    "MallowsPO" by Chen et al. (arXiv:2405.14953). Large where answers are all but certain.
+    "MallowsPO" by Chen et al. (arXiv:2405.14953). Large where answers are all but certain; Hbar is at least
+    1e-6, as a certain reference has 0, or by rounding less.
     """
     entropy = s.response_sum("ref_entropy") / s.length
-    return sg(-c * jnp.log(entropy[:, :2].mean(-1) / jnp.log(vocab)))
+    return sg(-c * jnp.log(jnp.maximum(entropy[:, :2].mean(-1) / jnp.log(vocab), 1e-6)))
 
 
 @variant(
