@@ -148,6 +148,23 @@ def test_ipo_md_draws_both_responses_from_the_mixture(prepared):
     assert all(len(i["texts"]) == 2 for i in found["items"])
 
 
+def test_a_round_records_its_key_and_the_prompts_that_gave_no_pair(prepared):
+    s = prepared
+    again = iter("ab" * 99)  # every second prompt gets two equal responses
+
+    def mixture(params, ref, questions, *, key, first):
+        both = lambda: drawn("x", "xyz" if next(again) == "a" else "x", ended=(True, True))
+        return [both() for _ in questions]
+
+    found = rollouts.draw_round(s, {"mixture": mixture}, None, None, 3, judges.length)
+    kept = [i["id"] for i in found["items"]]
+    assert len(found["discarded"]) == found["asked"] - len(kept) > 0
+    assert not {*kept} & {*found["discarded"]}
+    other = rollouts.draw_round(s, {"mixture": mixture}, None, None, 4, judges.length)
+    key = jax.random.fold_in(jax.random.key(s.config.seed), 3)
+    assert found["key"] == jax.random.key_data(key).tolist() != other["key"]
+
+
 def test_ipo_md_takes_losses_of_pairs_and_a_reference_of_its_own():
     for name in ("ipo_md", "ipo", "simpo"):
         c = settings(online__kind="ipo_md", loss__name=name)

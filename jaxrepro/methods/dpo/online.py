@@ -18,8 +18,9 @@ online_dpo: arXiv:2402.04792; iterative: 2312.11456, 2401.10020; spin: 2401.0133
 the chosen one, and all of ipo_md. SPIN's rounds accumulate: `online.keep` earlier rounds are learnt from too; that
 it is one, the last, is inferred.
 
-A round is kept in the workdir (once/round-*.json): prompts, seeds, completions, scores, choices and the steps
-of policy and reference. A resumed run reads it there and draws nothing twice.
+A round is kept in the workdir (once/round-*.json): its random key, prompts, completions, scores, choices, the ids
+of prompts that gave no pair, and the steps of policy and reference. A resumed run reads it there and draws nothing
+twice.
 """
 
 from collections.abc import Mapping, Sequence

@@ -137,6 +137,8 @@ def draw_round(
 ) -> dict[str, Any]:
     """The items of round r: as many as its updates take where prompts give them, and what they cost.
 
+    Beside them the data of the key that drew them, and the ids of prompts that gave no pair.
+
     Prompts are taken in order, another stretch for each round, and again from the first after the last.
     Up to online.tries times as many prompts as pairs are asked; UserError where none gives a pair.
     """
@@ -147,6 +149,7 @@ def draw_round(
     key = jax.random.fold_in(jax.random.key(s.config.seed), r)
     keys = jax.random.split(key)
     items: list[dict[str, Any]] = []
+    discarded: list[str] = []
     asked = 0
     start = r * want * config.tries
     while len(items) < want and asked < want * config.tries:
@@ -172,10 +175,14 @@ def draw_round(
                 verdict = online.scores(judge, q, responses, penalty=config.missing_end)
             made = online.item(config.kind, q, prompt(s, q), responses, verdict, scale=config.scale)
             items += [made] if made else []
+            discarded += [] if made else [q["id"]]
         asked += count
     if not items:
         raise UserError(
             f"round {r}: none of {asked} prompts gave two responses that the judge tells apart; raise "
             "online.temperature or online.samples, or choose easier prompts"
         )
-    return {"round": r, "asked": asked, "items": items[:want]}
+    key_data = np.asarray(jax.random.key_data(key)).tolist()
+    return {
+        "round": r, "key": key_data, "asked": asked, "discarded": discarded, "items": items[:want]
+    }  # fmt: skip
