@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from jaxrepro.data import batches
 from jaxrepro.methods.dpo import evaluation, reference_cache, run, setting
 from jaxrepro.methods.dpo.rows import shape_of
 from jaxrepro.train import policy
+from jaxrepro.train.loop import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import compiled
@@ -51,18 +51,28 @@ def small(tmp_path_factory):
 # ---- the cache
 
 
+class Said(Run):
+    """`Run.say` without a workdir."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
 @pytest.mark.parametrize("names", [("sigmoid", "mallows"), ("mallows", "sigmoid")])
 def test_losses_that_need_other_numbers_do_not_share_a_file(names, small, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    said = []
+    said = Said()
     for name in (*names, *names):
         s = setting.prepare(settings(loss__name=name))
         start = policy.initial(s.policy, s.config)
-        items = run.refer(SimpleNamespace(say=said.append), s, start, s.train)
+        items = run.refer(said, s, start, s.train)
         want = {"lp", "entropy"} if name == "mallows" else {"lp"}
         assert set(items[0]["reference"]) == want
         assert all(np.isfinite(v).all() for v in items[0]["reference"]["lp"])
-    assert len(list(reference_cache.folder().iterdir())) == 2 and len(said) == 2
+    assert len(list(reference_cache.folder().iterdir())) == 2 and len(said.lines) == 2
 
 
 def responses(lengths, c=64):
