@@ -174,7 +174,6 @@ def prepare(config: Any) -> Setting:
         checkpoint.find(own)  # refused now, not after the warm-up
     model = policy.open_policy(config, pieces=pieces(config))
     schema = "pair" if config.online.kind else checks.schema(config, losses)
-    needs = programs.needs_of(losses)
     data = config.data
     encoder = Encoder(
         model.tokenizer,
@@ -184,42 +183,61 @@ def prepare(config: Any) -> Setting:
         template=data.template,
         responses=data.responses or None,
     )
-    train: list[Item] = []
-    held: list[Item] = []
-    asked: list[Any] = []
-    test: list[Any] = []
     if data.path and not config.online.kind:
-        found = records.load(path=data.path, schema=schema, subset=data.subset, test=config.eval.n)
-        if schema == "forget":
-            found = _unlearnt(found, encoder.k, config.seed)
-        test_records = found.test and encoder.fitting(found.test, "test")[: config.eval.n]
-        kept = encoder.fitting(found.train, "training")
-        train = [rows.item(encoder, r, needs) for r in kept]
-        held = [as_pair(rows.item(encoder, r), schema) for r in test_records]
-        for note in balances(losses, kept) if schema == "unpaired" else ():
-            print(f"{data.path}: {note}", flush=True)
-        test = [as_question(r) for r in test_records]
-        asked = [as_question(r) for r in kept if schema == "forget" or r.get("label", True)]
-        asked += [as_question(r["keep"]) for r in kept if "keep" in r]
-        _one_turn(config, asked)
+        found = _records(config, encoder, losses, schema)
     elif data.generator == "letters" and not data.path:
-        if schema not in ("pair", "scored"):
-            raise UserError(
-                f"loss {config.loss.name} reads {schema} records; the letters are pairs"
-            )
-        who = annotator(config)
-        make = lambda *of, **held: encoder.schema.validate(world.pair(*of, **held), of[1])
-        stream = f"train {config.seed}"
-        if not config.online.kind:
-            train = [rows.item(encoder, make(i, stream, who), needs) for i in range(data.n)]
-        best = Annotator("edit" if who.kind == "edit" else "best")
-        held = [rows.item(encoder, make(i, "test", best, held=True)) for i in range(config.eval.n)]
-        asked = [world.demonstration(i, stream) for i in range(data.n)]
-        test = [world.demonstration(i, "test", held=True) for i in range(config.eval.n)]
+        found = _letters(config, encoder, losses, schema)
     else:
-        asked, test = _questions(config, encoder)
-    checks.items(losses, train)
-    return Setting(config, model, encoder, losses, held_to, train, held, asked, test)
+        found = Data([], [], *_questions(config, encoder))
+    checks.items(losses, found.train)
+    return Setting(config, model, encoder, losses, held_to, *found)
+
+
+class Data(NamedTuple):
+    """The last four fields of a Setting."""
+
+    train: Sequence[Item]
+    held: Sequence[Item]
+    asked: Sequence[dict[str, Any]]
+    test: Sequence[dict[str, Any]]
+
+
+def _records(config: Any, encoder: Encoder, losses: Mix, schema: str) -> Data:
+    """Preferences of data.path, as far as they fit."""
+    data, needs = config.data, programs.needs_of(losses)
+    found = records.load(path=data.path, schema=schema, subset=data.subset, test=config.eval.n)
+    if schema == "forget":
+        found = _unlearnt(found, encoder.k, config.seed)
+    test = found.test and encoder.fitting(found.test, "test")[: config.eval.n]
+    kept = encoder.fitting(found.train, "training")
+    for note in balances(losses, kept) if schema == "unpaired" else ():
+        print(f"{data.path}: {note}", flush=True)
+    asked = [as_question(r) for r in kept if schema == "forget" or r.get("label", True)]
+    asked += [as_question(r["keep"]) for r in kept if "keep" in r]
+    _one_turn(config, asked)
+    return Data(
+        [rows.item(encoder, r, needs) for r in kept],
+        [as_pair(rows.item(encoder, r), schema) for r in test],
+        asked,
+        [as_question(r) for r in test],
+    )
+
+
+def _letters(config: Any, encoder: Encoder, losses: Mix, schema: str) -> Data:
+    """Pairs and questions of the world of letters."""
+    if schema not in ("pair", "scored"):
+        raise UserError(f"loss {config.loss.name} reads {schema} records; the letters are pairs")
+    n, test, needs = config.data.n, range(config.eval.n), programs.needs_of(losses)
+    who, stream = annotator(config), f"train {config.seed}"
+    best = Annotator("edit" if who.kind == "edit" else "best")
+    make = lambda *of, **held: encoder.schema.validate(world.pair(*of, **held), of[1])
+    trained = range(0 if config.online.kind else n)
+    return Data(
+        [rows.item(encoder, make(i, stream, who), needs) for i in trained],
+        [rows.item(encoder, make(i, "test", best, held=True)) for i in test],
+        [world.demonstration(i, stream) for i in range(n)],
+        [world.demonstration(i, "test", held=True) for i in test],
+    )
 
 
 def _questions(config: Any, encoder: Encoder) -> tuple[list[Any], list[Any]]:
