@@ -9,6 +9,7 @@ import pytest
 
 from jaxrepro.config import ROOT, UserError
 from jaxrepro.methods.dpo import taxonomy
+from jaxrepro.methods.dpo.registry import REGISTRY
 
 ENTRIES = [
     (category, sub, found)
@@ -81,11 +82,10 @@ def test_the_tree_has_the_categories_of_the_figure():
 
 
 def test_the_keys_are_those_of_the_registry_and_their_evidence_too():
-    registry = pytest.importorskip("jaxrepro.methods.dpo.registry").REGISTRY
     found = {k: e for m in taxonomy.methods().values() for k, e in m.losses.items()}
-    assert found == {key: spec.evidence for key, spec in registry.items()}
+    assert found == {key: spec.evidence for key, spec in REGISTRY.items()}
     ids = {key: {m.arxiv for m in taxonomy.methods().values() if key in m.losses} for key in found}
-    for key, spec in registry.items():  # without an id here: SafeDPO, SFT, cDPO
+    for key, spec in REGISTRY.items():  # without an id here: SafeDPO, SFT, cDPO
         assert spec.arxiv in ids[key] or ids[key] == {None}, key
 
 
