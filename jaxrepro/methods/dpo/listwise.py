@@ -146,7 +146,10 @@ def soft_ndcg(score, gain, valid, tau):
     "inferred",
     needs="reference scores",
     schema="ranked",
-    notes=("tau 1 and NeuralSort without Sinkhorn are ours", "gain is 2^r - 1"),
+    notes=(
+        "tau 1 and NeuralSort without Sinkhorn are ours: the relaxed NDCG of a wrong order may pass 1",
+        "gain is 2^r - 1",
+    ),
 )
 def opo(s, batch, *, beta=0.1, tau=1.0):
     """OPO: 1 - NDCG of beta a against scores, sorting relaxed."""
