@@ -96,9 +96,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
             slots=64,  # responses that are drawn at a time
         )
     )
-    config.online.keep = config_dict.placeholder(
-        int
-    )  # earlier rounds learnt from too; None: of spin 1, else 0
+    # earlier rounds that are learnt from too; None: 1 of spin, else 0
+    config.online.keep = config_dict.placeholder(int)
     optimiser = dict(
         micro_batches=1, warmup=20, schedule="cosine", weight_decay=0.0, max_grad_norm=1.0
     )
@@ -224,9 +223,9 @@ def _arms() -> dict:
 
 
 def get_claims(size: str = "tiny") -> dict:
-    """Arms and pre-registered claims of a size; all arms of a seed start from one warm-up.
+    """Arms and claims of a size, written before its runs but for "collapse" and "R-DPO told" (see the README).
 
-    `python -m jaxrepro.methods.dpo.frontier` sets the ten losses beside DPO's own line of win rate against KL.
+    All arms of a seed start from one warm-up.     `python -m jaxrepro.methods.dpo.frontier` sets the ten losses beside DPO's own line of win rate against KL.
     """
     if size != "tiny":
         return {"arms": {"sigmoid": {}}, "claims": ()}
