@@ -225,7 +225,8 @@ def _arms() -> dict:
 def get_claims(size: str = "tiny") -> dict:
     """Arms and claims of a size, written before its runs but for "collapse" and "R-DPO told" (see the README).
 
-    All arms of a seed start from one warm-up.     `python -m jaxrepro.methods.dpo.frontier` sets the ten losses beside DPO's own line of win rate against KL.
+    All arms of a seed start from one warm-up. `python -m jaxrepro.methods.dpo.frontier` sets the ten losses beside
+    DPO's own line of win rate against KL.
     """
     if size != "tiny":
         return {"arms": {"sigmoid": {}}, "claims": ()}

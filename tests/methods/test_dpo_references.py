@@ -2,13 +2,13 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from jaxrepro import config
 from jaxrepro.config import UserError
 from jaxrepro.data import batches
 from jaxrepro.methods.dpo import evaluation, reference_cache, run, setting
@@ -16,35 +16,16 @@ from jaxrepro.methods.dpo.rows import shape_of
 from jaxrepro.train import policy
 from jaxrepro.train.loop import Run
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import compiled
+sys.path.insert(0, str(Path(__file__).parent))
+import dpo_small
 
-SMALL = {
-    "steps": 2,
-    "sft.steps": 0,
-    "dpo.batch": 4,
-    "dpo.warmup": 1,
-    "sft.warmup": 1,
-    "data.n": 16,
-    "eval.n": 2,
-    "eval.samples": 0,
-    "eval.batch": 4,
-    "online.slots": 8,
-    "log.tensorboard": False,
-    "log.curves": False,
-}
-
-
-def settings(**changes):
-    named = {k.replace("__", "."): v for k, v in changes.items()}
-    return config.load("configs/dpo.py", SMALL | named)
+settings = partial(dpo_small.settings, steps=2, sft__steps=0, eval__n=2, eval__samples=0)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A model of one thin layer."""
-    shape = policy.SHAPES["letters"] | dict(d=16, layers=1, heads=2, kv=1, head_dim=8, ffn=16)
-    with compiled.small(tmp_path_factory.mktemp("xla"), (policy.SHAPES, "letters", shape)) as patch:
+    with dpo_small.small(tmp_path_factory.mktemp("xla")) as patch:
         yield patch
 
 

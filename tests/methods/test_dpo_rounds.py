@@ -1,6 +1,7 @@
 """Rounds that draw their own pairs: penalties, which reference draws, mixtures, rounds that are kept."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrepro import config
 from jaxrepro.config import UserError
 from jaxrepro.methods.dpo import online, programs, rollouts, run, setting
 from jaxrepro.methods.dpo.online import Drawn
@@ -19,30 +19,17 @@ from jaxrepro.train import policy
 from jaxrepro.train.loop import Run
 from jaxrepro.train.state import State
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import compiled
+sys.path.insert(0, str(Path(__file__).parent))
+import dpo_small
 
-SMALL = {
-    "sft.steps": 0,
-    "dpo.batch": 4,
-    "dpo.warmup": 1,
-    "data.n": 16,
-    "eval.n": 4,
-    "online.slots": 8,
-}
+settings = partial(dpo_small.settings, sft__steps=0)
 ASKED = {"id": "q", "problem": "a b", "solution": "a"}
-
-
-def settings(**changes):
-    named = {k.replace("__", "."): v for k, v in changes.items()}
-    return config.load("configs/dpo.py", SMALL | named)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small(tmp_path_factory):
     """A model of one thin layer."""
-    shape = policy.SHAPES["letters"] | dict(d=16, layers=1, heads=2, kv=1, head_dim=8, ffn=16)
-    with compiled.small(tmp_path_factory.mktemp("xla"), (policy.SHAPES, "letters", shape)):
+    with dpo_small.small(tmp_path_factory.mktemp("xla")):
         yield
 
 

@@ -14,40 +14,17 @@ from jaxrepro.methods.dpo import online, run, setting, world
 from jaxrepro.methods.dpo.online import Drawn
 from jaxrepro.methods.dpo.registry import REGISTRY, hyperparameters
 from jaxrepro.rewards.judge import Verdict
-from jaxrepro.train import policy
 from jaxrepro.train.loop import Run
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import compiled
-
-SMALL = {
-    "steps": 4,
-    "sft.steps": 2,
-    "sft.batch": 4,
-    "sft.warmup": 1,
-    "dpo.batch": 4,
-    "dpo.warmup": 1,
-    "data.n": 16,
-    "eval.n": 4,
-    "eval.samples": 2,
-    "eval.batch": 4,
-    "online.slots": 8,
-    "checkpoint.every": 2,
-    "log.tensorboard": False,
-    "log.curves": False,
-}
-
-
-def settings(**changes):
-    named = {k.replace("__", "."): v for k, v in changes.items()}
-    return config.load("configs/dpo.py", SMALL | named)
+sys.path.insert(0, str(Path(__file__).parent))
+import dpo_small
+from dpo_small import settings
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small(tmp_path_factory):
     """A model of one thin layer; caches of this test's own."""
-    shape = policy.SHAPES["letters"] | dict(d=16, layers=1, heads=2, kv=1, head_dim=8, ffn=16)
-    with compiled.small(tmp_path_factory.mktemp("xla"), (policy.SHAPES, "letters", shape)) as patch:
+    with dpo_small.small(tmp_path_factory.mktemp("xla")) as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
