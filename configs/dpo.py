@@ -122,7 +122,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         config.online.update(dict(kind="iterative", every=20, samples=4, temperature=0.8, slots=32))
         config.judge = "jaxrepro.rewards.judge:answer"
         config.loss.name = "sigmoid+sft"
-        config.dpo.update(dict(batch=8, lr=5e-6, warmup=2))
+        config.dpo.update(dict(batch=8, micro_batches=4, lr=5e-6, warmup=2))
         config.eval.update(dict(n=200, samples=0, greedy=True, batch=25))
         config.checkpoint.every = 25
     if size == "gpu":
@@ -131,7 +131,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         config.data.n = 20_000
         config.online.update(dict(every=125, samples=8, slots=256))
         config.sft.update(dict(steps=200, batch=32))
-        config.dpo.update(dict(batch=32, warmup=20))
+        config.dpo.update(dict(batch=32, micro_batches=1, warmup=20))
         config.eval.update(dict(n=1000, batch=250))
     elif paper:
         path, name, tokens, _, _, shape = PAPER[config.study]

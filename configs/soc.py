@@ -126,13 +126,13 @@ def get_config(size: str = "tiny") -> ConfigDict:
         return config
     config.data.system, config.eval.shots = BOXED, (0, 4)
     if size == "smollm2":
-        config.steps = 200
+        config.steps = 150
         config.model.path, config.model.shape = "smollm2", "smollm2"
         config.data.update(dict(generator="gsm_symbolic", n=8000))
         config.data.update(dict(max_tokens=256, max_completion=160))
         config.sft.update(dict(batch=4, lr=2e-4))
         config.decode.update(dict(beams=(1, 5), penalties=(), temperatures=(0.7,)))
-        config.eval.update(dict(n=60, batch=20))
+        config.eval.update(dict(n=100, batch=20, shots=(0,)))
         config.checkpoint.every = 50
         return config
     config.model.dtype, config.model.remat = "bfloat16", "full"

@@ -71,8 +71,19 @@ def write(
     after: Mapping[str, Any],
 ) -> None:
     """samples.md, and items.json with the outcome of every test question."""
-    items = {"before/test": before["correct"], "after/test": after["correct"]}
-    write_json(run.path("items.json"), items)
+    write_json(run.path("items.json"), items(before, after))
+    write_text(run.path("samples.md"), table(examples, before, after))
+
+
+def items(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The outcome of every test question."""
+    return {"before/test": before["correct"], "after/test": after["correct"]}
+
+
+def table(
+    examples: Sequence[Mapping[str, Any]], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> str:
+    """Markdown of the first questions of each change, with both answers."""
     pairs = list(enumerate(zip(before["correct"], after["correct"])))
     changes = {
         "became right": [i for i, (b, a) in pairs if a and not b],
@@ -89,4 +100,4 @@ def write(
             for when, said in (("before", before), ("after", after)):
                 fence = "`" * (3 if "```" not in said["texts"][i] else 8)
                 out += [f"{when}:", "", fence, said["texts"][i], fence, ""]
-    write_text(run.path("samples.md"), "\n".join(out))
+    return "\n".join(out)

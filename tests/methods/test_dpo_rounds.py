@@ -143,7 +143,9 @@ def test_a_round_records_its_key_and_the_prompts_that_gave_no_pair(prepared):
         both = lambda: drawn("x", "xyz" if next(again) == "a" else "x", ended=(True, True))
         return [both() for _ in questions]
 
-    found = rollouts.draw_round(s, {"mixture": mixture}, None, None, 3, judges.length)
+    said = []
+    found = rollouts.draw_round(s, {"mixture": mixture}, None, None, 3, judges.length, said.append)
+    assert said[-1] == f"round 3: {len(found['items'])} of 4 pairs from {found['asked']} prompts"
     kept = [i["id"] for i in found["items"]]
     assert len(found["discarded"]) == found["asked"] - len(kept) > 0
     assert not {*kept} & {*found["discarded"]}
@@ -181,7 +183,7 @@ def rounds_of(s, monkeypatch, r, **changes):
     s = s._replace(config=c, reference=Reference("live"))
     asked = []
 
-    def draw(s, writers, params, ref, j, judge):
+    def draw(s, writers, params, ref, j, judge, say):
         asked.append(j)
         return {"items": [{"id": f"{j}{n}"} for n in range(8)]}
 

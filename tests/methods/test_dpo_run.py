@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 
 from jaxrepro import config
 from jaxrepro.config import UserError
-from jaxrepro.methods.dpo import online, run, setting, world
+from jaxrepro.methods.dpo import evaluation, online, report, run, setting, world
 from jaxrepro.methods.dpo.online import Drawn
 from jaxrepro.methods.dpo.registry import REGISTRY, hyperparameters
 from jaxrepro.rewards.judge import Verdict
+from jaxrepro.train import quiz
 from jaxrepro.train.loop import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -195,6 +197,30 @@ def test_a_round_is_drawn_once_and_a_resumed_run_has_the_same_bits(kind, tmp_pat
     assert len(kept["items"]) == 8
     interrupt(settings(**changed), tmp_path / "cut", after=3)  # amid a round, after the checkpoint
     assert run.run(settings(**changed), tmp_path / "cut") == whole
+
+
+# ---- what a reader finds
+
+
+def test_greedy_answers_are_told_listed_and_compared(tmp_path):
+    questions = [
+        {"id": str(i), "problem": f"{i} + 1 = ?", "solution": f"#### {i + 1}"} for i in range(3)
+    ]
+    answer = lambda *texts: quiz.score(questions, [(t, True) for t in texts], "")
+    before, after = (
+        {"quiz": answer("#### 1", "2", "4")},
+        {"quiz": answer("#### 9", "#### 2", "#### 3")},
+    )
+    for found, prefix in ((before, "before/test/"), (after, "after/test/")):
+        found["rates"] = {f"{prefix}{k}": v for k, v in found["quiz"].pop("rates").items()}
+    assert evaluation.line(before["rates"], "before/test/").startswith("exact match 66.7 %")
+    assert report.changes(before, after)["test/gain"] == 0.0
+    shown = SimpleNamespace(test=questions, config=SimpleNamespace(eval=SimpleNamespace(samples=0)))
+    report.write(SimpleNamespace(path=tmp_path.joinpath), shown, before, after)
+    items = json.loads((tmp_path / "items.json").read_text())
+    assert items == {"before/test": [1.0, 1.0, 0.0], "after/test": [0.0, 1.0, 1.0]}
+    text = (tmp_path / "samples.md").read_text()
+    assert "1 became right, 1 became wrong, 1 stayed right." in text and "2 + 1 = ?" in text
 
 
 # ---- data of one's own

@@ -26,7 +26,7 @@ from jaxrepro.methods.dpo.rows import Item, Shape, collate, shape_of
 from jaxrepro.methods.dpo.sequence import Batch
 from jaxrepro.methods.dpo.setting import Setting
 from jaxrepro.models import lora
-from jaxrepro.train import policy
+from jaxrepro.train import policy, quiz
 
 FIRST_SAMPLE = 1 << 20  # request ids of evaluation; its key is its own too
 
@@ -159,4 +159,6 @@ def line(results: Mapping[str, float], prefix: str) -> str:
         parts.append(f"win rate {100 * get('win_rate'):.1f} %")
     if get("kl") is not None:
         parts.append(f"KL {get('kl'):.2f} nats, length {get('length'):.1f}")
+    if get("exact_match") is not None:
+        parts.append(quiz.line(results, prefix))
     return ", ".join(parts)

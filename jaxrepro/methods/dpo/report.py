@@ -28,19 +28,26 @@ def write(run: Any, s: Any, before: Mapping[str, Any], after: Mapping[str, Any])
         items["after/test/accuracy"] = after["pairs"]
     if "wins" in after.get("samples", {}):
         items["after/test/win_rate"] = after["samples"]["wins"]
+    shown = []
     if "quiz" in after:
-        items["before/test"] = before["quiz"]["correct"]
-        items["after/test"] = after["quiz"]["correct"]
+        items |= quiz.items(before["quiz"], after["quiz"])
+        shown.append(quiz.table(s.test, before["quiz"], after["quiz"]))
+    if "samples" in after:
+        shown.append(table(s, before["samples"], after["samples"]))
     write_json(run.path("items.json"), items)
-    if "samples" not in after:
-        return
+    if shown:
+        write_text(run.path("samples.md"), "\n".join(shown))
+
+
+def table(s: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Markdown of the first sample of the first prompts, with its score."""
     n = s.config.eval.samples
     out = ["# Samples of test prompts, before and after", ""]
     for i, question in enumerate(s.test[:SHOWN]):
         out += [f"**{question['problem']}**", ""]
         for when, found in (("before", before), ("after", after)):
-            text, value = found["samples"]["texts"][i * n], found["samples"]["values"][i * n]
+            text, value = found["texts"][i * n], found["values"][i * n]
             fence = "`" * (3 if "```" not in text else 8)
             score = "unscorable" if value is None else f"score {value:.2f}"
             out += [f"{when} ({score}):", "", fence, text, fence, ""]
-    write_text(run.path("samples.md"), "\n".join(out))
+    return "\n".join(out)

@@ -1,7 +1,7 @@
 """Responses of a policy to questions, on the rollout engine; and rounds of pairs made of them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -133,14 +133,21 @@ def demonstration(s: Setting, question: Any) -> Drawn:
 
 
 def draw_round(
-    s: Setting, writers: dict[str, Any], params: Any, ref_params: Any, r: int, judge: Any
+    s: Setting,
+    writers: dict[str, Any],
+    params: Any,
+    ref_params: Any,
+    r: int,
+    judge: Any,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The items of round r: as many as its updates take where prompts give them, and what they cost.
 
     Beside them the data of the key that drew them, and the ids of prompts that gave no pair.
 
     Prompts are taken in order, another stretch for each round, and again from the first after the last.
-    Up to online.tries times as many prompts as pairs are asked; UserError where none gives a pair.
+    Up to online.tries times as many prompts as pairs are asked; UserError where none gives a pair. `say` hears
+    how far the round is after each stretch.
     """
     config = s.config.online
     kind = online.KINDS[config.kind]
@@ -177,6 +184,7 @@ def draw_round(
             items += [made] if made else []
             discarded += [] if made else [q["id"]]
         asked += count
+        say(f"round {r}: {min(len(items), want)} of {want} pairs from {asked} prompts")
     if not items:
         raise UserError(
             f"round {r}: none of {asked} prompts gave two responses that the judge tells apart; raise "

@@ -76,6 +76,8 @@ def run(
         distributed.first(lambda: report.write(run, s, before, after))
         run.summary(results)
         run.say(f"{config.loss.name}: {evaluation.line(results, 'after/test/')}")
+        if "quiz" in after:
+            run.say(quiz.verdict(results))
         return run.results
 
 
@@ -237,12 +239,19 @@ class Rounds:
         """The batch of step i."""
         s, r = self._s, i // self._every
         if r != self._round:
-            draw = lambda: (
-                rollouts.draw_round(
-                    s, self._writers, state.params, self._reference(i, state), r, self._judge
-                )
-                | {"policy_step": i, "reference_step": self._reference_step(i)}
-            )
+            draw = lambda: {
+                "policy_step": i,
+                "reference_step": self._reference_step(i),
+                **rollouts.draw_round(
+                    s,
+                    self._writers,
+                    state.params,
+                    self._reference(i, state),
+                    r,
+                    self._judge,
+                    say=self._run.say,
+                ),
+            }
             found = self._earlier(r) + self._run.once(f"round-{r:06d}", draw)["items"]
             # A round alone is read as it was drawn; earlier ones are mixed in.
             seed = (s.config.seed + r) % 2**32 if self._keep and r else None
