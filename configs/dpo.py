@@ -19,7 +19,7 @@ from jaxrepro.methods.dpo.hyper import HYPERPARAMETERS
 
 SIZES = {
     "tiny": {"needs": "2 CPU cores, 2 GB", "minutes": "2"},
-    "smollm2": {"needs": "2 CPU cores, 8 GB, network once", "minutes": "60 (unmeasured)"},
+    "smollm2": {"needs": "2 CPU cores, 8 GB, network once", "minutes": "60"},
     "gpu": {"needs": "one 80 GB GPU, network once", "minutes": "10-30 (unmeasured)"},
     "paper_mistral_base": {"needs": "8 x 80 GB GPU, UltraFeedback", "minutes": "(unmeasured)"},
     "paper_mistral_instruct": {"needs": "8 x 80 GB GPU, UltraFeedback", "minutes": "(unmeasured)"},
