@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrepro.methods.dpo import programs, setting
+from jaxrepro.methods.dpo import checks, programs, setting
 from jaxrepro.methods.dpo.programs import Reference
 from jaxrepro.methods.dpo.registry import REGISTRY, resolve
 from jaxrepro.train.state import init_state
