@@ -205,7 +205,9 @@ UNCOMPILED = ["sigmoid", "kto", *(pytest.param(n, marks=pytest.mark.slow) for n 
 @pytest.mark.parametrize("name", UNCOMPILED)
 def test_jit_gives_the_same(everything, name):
     spec, tokens, batch, (per_item, _, _), _ = everything[name]
-    close(loss(spec, statistics(tokens, spec), batch)[0], per_item)  # not compiled as a whole
+    close(
+        loss(spec, statistics(tokens, spec, key=batch.key), batch)[0], per_item
+    )  # not compiled as a whole
 
 
 def test_hyper_parameters_may_be_swept_with_vmap():
