@@ -1,7 +1,7 @@
 """Evaluation of a run on one test set: every decoder, its rates, and the files that a reader opens."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,6 @@ class Found(NamedTuple):
 
     rates: dict[str, float]
     items: dict[str, Any]  # prefix -> what `write` files
-    decoders: list[str]
 
 
 def examine(
@@ -36,11 +35,13 @@ def examine(
     batch: int,
     vocab: int,
     seed: int,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Found:
     """Every decoder of `decode` on the examples; metrics are named prefix/decoder/metric.
 
     Besides, for the headline beam: prefix/<beam>_minus_greedy with a paired interval, prefix/slope over the
-    widths, and prefix/<beam>/rerank_<score>, the accuracy if another score picked among its hypotheses.
+    widths, and prefix/<beam>/rerank_<score>, the accuracy if another score picked among its hypotheses. `say` hears a
+    line of each decoder.
     """
     rare = [bool(e.get("rare")) for e in examples]
     size = dict(batch=batch, vocab=vocab)
@@ -74,6 +75,7 @@ def examine(
         over = diagnostics.over_optimistic(outcomes)
         if over.size and not (over != over).any():  # every item has a worked solution
             items["outcomes"][f"{key}/over_opt_rate"] = over.tolist()
+        say(line(rates, key))
     curve = decoding.curve(chosen)
     items["shown"] = [f"{prefix}/{name}" for name in (curve[0].name, head.name)]
     widths = {d.width: rates[f"{prefix}/{d.name}/accuracy"] for d in curve}
@@ -84,7 +86,7 @@ def examine(
         rates |= diagnostics.beyond_greedy(correct[head.name], correct["greedy"], name)
         pairs = zip(correct[head.name], correct["greedy"])
         items["outcomes"][name] = [a - b for a, b in pairs]
-    return Found(rates, {prefix: items}, [d.name for d in chosen])
+    return Found(rates, {prefix: items})
 
 
 def worked(

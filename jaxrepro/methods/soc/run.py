@@ -232,11 +232,9 @@ def examine(run: Run, s: Setting, params: Any, name: str) -> tuple[dict[str, flo
     items: dict[str, Any] = {}
     for shots in s.config.eval.shots:
         prefix = f"{name}_{shots}shot" if shots else name
-        found = exam(s, name, shots)(params, prefix)
+        found = exam(s, name, shots)(params, prefix, say=run.say)
         rates |= found.rates
         items |= found.items
-        for decoder in found.decoders:
-            run.say(evaluation.line(found.rates, f"{prefix}/{decoder}"))
     return rates, items
 
 
