@@ -33,7 +33,7 @@ DATA = {  # data.path, data.format, steps: three epochs of 10.3 and 2.8 thousand
 }
 SIZES = {
     "tiny": {"needs": "2 CPU cores, 2 GB", "minutes": "3"},
-    "smollm2": {"needs": "2 CPU cores, 8 GB, network once", "minutes": "90 (unmeasured)"},
+    "smollm2": {"needs": "2 CPU cores, 10 GB, network once", "minutes": "60"},
     "gpu": {"needs": "one 80 GB GPU, Qwen2.5-1.5B, GSM8K", "minutes": "10-30 (unmeasured)"},
 } | {
     f"paper_{size}_{data}": {
@@ -130,7 +130,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         config.model.path, config.model.shape = "smollm2", "smollm2"
         config.data.update(dict(generator="gsm_symbolic", n=8000))
         config.data.update(dict(max_tokens=256, max_completion=160))
-        config.sft.update(dict(batch=4, lr=2e-4))
+        config.sft.update(dict(batch=4, lr=5e-5))
         config.decode.update(dict(beams=(1, 5), penalties=(), temperatures=(0.7,)))
         config.eval.update(dict(n=100, batch=20, shots=(0,)))
         config.checkpoint.every = 50
