@@ -6,11 +6,14 @@ Two disjoint sets of keys combine exactly by their log-sum-exp, so tokens that m
 prompt and its n completions) are stored and read once:
 
     o = sigmoid(lse_1 - lse_2) o_1 + sigmoid(lse_2 - lse_1) o_2
+
+`attend_prefix` is attention without causality, between rectangles of any two lengths, whose keys are valid up
+to a length: the kind that cuDNN and other libraries compute without ever holding a mask.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrepro.ops.dense import einsum32
 
@@ -69,3 +72,74 @@ def merge(
     """Attention over the union of two disjoint sets of keys, from the output and lse of each."""
     share = jax.nn.sigmoid(lse_1 - lse_2)[..., None]
     return (o_1 * share + o_2 * (1 - share)).astype(o_1.dtype)
+
+
+def attend_prefix(
+    q: Float[Array, "b t h i"],
+    k: Float[Array, "b s h i"],
+    v: Float[Array, "b s h i"],
+    length: Int[Array, "b"] | None = None,
+) -> Float[Array, "b t h i"]:
+    """Every query of row b attends to its first length[b] keys, at least one (None = all).
+
+    cuDNN on an NVIDIA GPU, for half precision and head sizes that it takes; XLA elsewhere.
+    """
+    if length is not None:
+        length = length.astype(jnp.int32)
+    arguments = (q, k, v) if length is None else (q, k, v, length)
+    if _cudnn_takes(q):
+        return jax.lax.platform_dependent(*arguments, cuda=_cudnn, default=_xla)
+    return _xla(*arguments)
+
+
+def _cudnn_takes(q):
+    # jax looks for cuDNN while it traces, so the branch may not even be traced without it
+    version = getattr(jax.devices()[0].client, "platform_version", "")
+    return (
+        jax.default_backend() == "gpu"
+        and "cuda" in version.lower()
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
+    )
+
+
+def _cudnn(q, k, v, length=None):
+    return jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=length, implementation="cudnn"
+    )
+
+
+def _xla(q, k, v, length=None):
+    s = k.shape[1]
+    mask = jnp.ones((1, 1, 1, s), bool)
+    if length is not None:
+        mask = jnp.arange(s) < length[:, None, None, None]
+    return attend(q, k, v, mask)[0]
+
+
+def attend_joint(
+    q: Float[Array, "b t h i"],
+    k: Float[Array, "b s h i"],
+    v: Float[Array, "b s h i"],
+    video: int,
+    text: Int[Array, "b"] | None = None,
+) -> Float[Array, "b t h i"]:
+    """Attention between all tokens of a row: `video` tokens, then text slots of which the first text[b] are valid.
+
+    Queries may be fewer than keys: the last of them, text included. A padded text query gives 0. None: all
+    text is valid.
+    """
+    if text is None:
+        return attend_prefix(q, k, v)
+    o = attend_prefix(q, k, v, video + text)
+    first = k.shape[1] - q.shape[1]
+    return hide_padding(o, video - first, text)
+
+
+def hide_padding(
+    o: Float[Array, "b t h i"], video: int, text: Int[Array, "b"]
+) -> Float[Array, "b t h i"]:
+    """o with zeros at text slots text[b] and on, which follow `video` rows."""
+    valid = jnp.arange(o.shape[1]) < (video + text)[:, None]
+    return jnp.where(valid[..., None, None], o, 0)

@@ -48,11 +48,12 @@ def dense(x: Float[Array, "b t ..."], w: Array | Flipped, *, inputs: int = 1) ->
 
 
 def einsum32(formula: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """einsum of two arrays of one dtype, accumulated and returned in float32.
+    """einsum of two arrays of one dtype, accumulated and returned in float32 (float64 stays).
 
     XLA's CPU client has no product that reads bfloat16 and writes float32, so there the operands are
     widened first: the products are the same, because those of two bfloat16 numbers fit float32.
     """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
     if jax.default_backend() == "cpu":
-        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-    return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)
+        x, y = x.astype(wide), y.astype(wide)
+    return jnp.einsum(formula, x, y, preferred_element_type=wide)

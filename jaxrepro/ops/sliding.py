@@ -1,0 +1,85 @@
+"""Sliding-tile attention: a query sees the tokens of a window of tiles around its own tile, and text.
+
+arXiv:2502.04507; the sliding branch of VORTA, arXiv:2505.18809 (v2). For tiles q and k of video tokens
+
+    attend(q, k) = AND_a |c_a - k_a| <= win_a//2,      c_a = clip(q_a, win_a//2, n_a - 1 - win_a//2)
+
+Every video query also sees all valid text keys; a valid text query sees all valid keys; a padded one gives 0.
+
+`sliding_reference` masks all pairs, for small sizes. `sliding_groups` is the same without a mask: tiles with
+one centre see one box of tiles, so each window is a dense rectangle of queries and keys, in a few classes of
+equal size (video_grid.py). HunyuanVideo at 720p has 250 tiles and 72 windows. The keys of a window are
+gathered, so that a key is copied as often as windows hold it (7.8 times there): callers bound the memory by
+the number of heads they give at once. Differentiable; the gradient of the gathers adds.
+
+Rows are places of the layout of video_grid.py, then text slots; `text` says how many of these are valid.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxrepro.ops.attention import attend, attend_joint, attend_prefix, hide_padding
+from jaxrepro.ops.video_grid import VideoGrid, rectangles
+
+
+def sliding_reference(
+    q: Float[Array, "b s h i"],
+    k: Float[Array, "b s h i"],
+    v: Float[Array, "b s h i"],
+    grid: VideoGrid,
+    *,
+    text: Int[Array, "b"] | None = None,
+) -> Float[Array, "b s h i"]:
+    """Sliding-tile attention by its definition, with a mask over all pairs."""
+    b, s = q.shape[:2]
+    n = grid.length
+    text = jnp.full(b, s - n) if text is None else text
+    valid = jnp.arange(s) < (n + text)[:, None]
+    see = np.ones((s, s), bool)
+    see[:n, :n] = window_mask(grid)
+    o, _ = attend(q, k, v, see[None, None] & valid[:, None, None])
+    return hide_padding(o, n, text)
+
+
+def window_mask(grid: VideoGrid) -> np.ndarray:
+    """(S, S) whether the query at a place of the layout sees the key at another."""
+    at = np.stack(np.unravel_index(grid.order, grid.size)) // np.reshape(grid.tile, (3, 1))
+    see = np.ones((grid.length, grid.length), bool)
+    for tile, centre, window in zip(at, grid.centres(), grid.window):
+        see &= abs(centre[tile][:, None] - tile) <= window // 2
+    return see
+
+
+def sliding_groups(
+    q: Float[Array, "b s h i"],
+    k: Float[Array, "b s h i"],
+    v: Float[Array, "b s h i"],
+    grid: VideoGrid,
+    *,
+    text: Int[Array, "b"] | None = None,
+) -> Float[Array, "b s h i"]:
+    """Sliding-tile attention as dense attention of one rectangle a window."""
+    b, s, h, i = q.shape
+    slots = s - grid.length
+    classes, back = rectangles(grid, slots)
+    gather = lambda x, index: jnp.take(x, index.ravel(), axis=1, mode="clip").reshape(
+        -1, index.shape[1], h, i
+    )
+    rows = []
+    for c in classes:
+        lengths = _lengths(c, b, slots, text)
+        o = attend_prefix(gather(q, c.queries), gather(k, c.keys), gather(v, c.keys), lengths)
+        rows.append(o.reshape(b, -1, h, i))
+    o = jnp.take(jnp.concatenate(rows, axis=1), back, axis=1, mode="clip")
+    if not slots:
+        return o
+    return jnp.concatenate([o, attend_joint(q[:, grid.length :], k, v, grid.length, text)], axis=1)
+
+
+def _lengths(c, b, slots, text):
+    """(b g) valid keys of every rectangle; None where all of all are valid."""
+    if text is None and (c.lengths + slots == c.keys.shape[1]).all():
+        return None
+    text = jnp.full(b, slots) if text is None else text
+    return (text[:, None] + c.lengths).ravel()
