@@ -93,21 +93,24 @@ def attend_prefix(
 
 
 def _cudnn_takes(q):
-    # jax looks for cuDNN while it traces, so the branch may not even be traced without it
-    version = getattr(jax.devices()[0].client, "platform_version", "")
-    return (
-        jax.default_backend() == "gpu"
-        and "cuda" in version.lower()
-        and q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 128
-    )
+    # jax looks for cuDNN while it traces, so without it the branch may not even be traced
+    device = jax.local_devices()[0]
+    if "cuda" not in getattr(device.client, "platform_version", "").lower():
+        return False
+    largest = 256 if float(getattr(device, "compute_capability", 0)) >= 9 else 128
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= largest
 
 
 def _cudnn(q, k, v, length=None):
-    return jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=length, implementation="cudnn"
+    # jax takes no odd lengths where there is a gradient
+    even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+    if length is None and k.shape[1] % 2:
+        length = jnp.full(len(k), k.shape[1], jnp.int32)
+    o = jax.nn.dot_product_attention(
+        even(q), even(k), even(v), key_value_seq_lengths=length, implementation="cudnn"
     )
+    return o[:, : q.shape[1]]
 
 
 def _xla(q, k, v, length=None):

@@ -1,0 +1,174 @@
+"""Routed attention: each head gets its branch, one program serves all routes, and errors are one line."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import video_oracle as oracle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrepro.config import UserError
+from jaxrepro.ops.coreset import coreset
+from jaxrepro.ops.routed import BRANCHES, Branch, attention, full, mix, routed
+from jaxrepro.ops.sliding import sliding_groups
+from jaxrepro.ops.video_grid import VideoGrid
+
+GRID = VideoGrid((5, 4, 3), (2, 2, 2), bucket=(2, 2, 2))
+HEADS = 6
+TEXT = jnp.asarray([1, 2])
+
+
+@pytest.fixture(scope="module")
+def qkv():
+    return tuple(map(jnp.asarray, oracle.draw(0, GRID.size, b=2, h=HEADS, text=2, dtype="float32")))
+
+
+@pytest.fixture(scope="module")
+def direct(qkv):
+    """(branch, b, s, h, i): every branch for all heads."""
+    return np.stack([jax.jit(partial(f, grid=GRID, text=TEXT))(*qkv) for f in BRANCHES])
+
+
+def chosen(direct, route):
+    return np.stack([direct[j, :, :, h] for h, j in enumerate(route)], axis=2)
+
+
+def test_every_branch_is_its_definition_in_raster_order(qkv):
+    rows = [np.asarray(x[0], np.float64) for x in qkv]
+    everything = oracle.joint(np.ones((GRID.length,) * 2, bool), 2, 1)
+    want = {
+        "full": oracle.softmax_attention(*rows, everything),
+        "sliding": oracle.sliding(*rows, GRID.size, GRID.tile, GRID.window, 1),
+        "coreset": oracle.coreset(*rows, GRID.size, GRID.bucket, GRID.kept, 1),
+    }
+    assert list(Branch.__members__) == ["full", "coreset", "sliding"]
+    assert [b.value for b in Branch] == [0, 1, 2]
+    for name, branch in (("full", "full"), ("coreset", 1), ("sliding", Branch.sliding)):
+        got = jax.jit(partial(attention, grid=GRID, branch=branch, text=TEXT))(*qkv)
+        np.testing.assert_allclose(got[0], want[name], rtol=0, atol=1e-5)
+
+
+def test_any_route_is_the_direct_computation_by_one_program(qkv, direct):
+    traces = []
+
+    def counted(f):
+        def branch(q, k, v, grid, *, text):
+            traces.append((f, q.shape[2]))
+            return f(q, k, v, grid, text=text)
+
+        return branch
+
+    run = jax.jit(
+        lambda route: routed(*qkv, route, GRID, text=TEXT, branches=tuple(map(counted, BRANCHES)))
+    )
+
+    @settings(max_examples=30, deadline=None, derandomize=True)
+    @given(st.lists(st.integers(0, 2), min_size=HEADS, max_size=HEADS))
+    def check(route):
+        got = run(jnp.asarray(route))
+        np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=1e-5)
+
+    for route in ([0] * 6, [1] * 6, [2] * 6, [0, 0, 1, 1, 2, 2], [2, 1, 1, 1, 1, 1]):
+        got = run(jnp.asarray(route))
+        np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=1e-5)
+    check()
+    # a chunk of four heads and a single one for each branch, each traced once
+    assert sorted(n for _, n in traces) == [1, 1, 1, 4, 4, 4]
+    assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 9])
+def test_the_chunk_changes_nothing(qkv, direct, chunk):
+    route = [2, 0, 2, 1, 2, 1]
+    run = jax.jit(lambda route: routed(*qkv, route, GRID, text=TEXT, chunk=chunk))
+    got = run(jnp.asarray(route))
+    np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=1e-5)
+
+
+def test_rows_may_have_routes_of_their_own(qkv, direct):
+    routes = [[2, 0, 2, 1, 2, 1], [1, 1, 0, 0, 2, 2]]
+    got = jax.jit(lambda route: routed(*qkv, route, GRID, text=TEXT))(jnp.asarray(routes))
+    for row, route in enumerate(routes):
+        np.testing.assert_allclose(got[row], chosen(direct, route)[row], rtol=0, atol=1e-5)
+
+
+def test_a_route_is_taken_by_the_library_call(qkv, direct):
+    route = [2, 0, 2, 1, 2, 1]
+    got = attention(*qkv, GRID, branch=jnp.asarray(route), text=TEXT, order="layout")
+    np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=1e-5)
+
+
+def test_heads_that_change_places_change_places_in_the_output(qkv):
+    route, turn = jnp.asarray([2, 0, 2, 1, 2, 1]), jnp.asarray([3, 5, 0, 1, 4, 2])
+    run = jax.jit(lambda q, k, v, route: routed(q, k, v, route, GRID, text=TEXT))
+    turned = run(*(x[:, :, turn] for x in qkv), route[turn])
+    np.testing.assert_allclose(turned, run(*qkv, route)[:, :, turn], rtol=0, atol=1e-6)
+
+
+def test_one_hot_gates_are_the_route(qkv, direct):
+    route = [2, 0, 2, 1, 2, 1]
+    gates = jnp.broadcast_to(jax.nn.one_hot(jnp.asarray(route), 3), (2, HEADS, 3))
+    got = jax.jit(partial(mix, grid=GRID, text=TEXT))(*qkv, gates)
+    np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=1e-5)
+
+
+def test_gates_weigh_the_branches_and_chunks_change_neither_value_nor_gradient(qkv, direct):
+    gates = jax.nn.softmax(jax.random.normal(jax.random.key(1), (2, HEADS, 3)))
+    want = np.einsum("bhj,jbshi->bshi", gates, direct)
+    weight = jnp.asarray(oracle.draw(2, GRID.size, b=2, h=HEADS, text=2, dtype="float32")[0])
+    found = []
+    for chunk in (None, 2):
+
+        def loss(q, gates, chunk=chunk):
+            o = mix(q, *qkv[1:], gates, GRID, text=TEXT, chunk=chunk)
+            return jnp.vdot(weight, o), o
+
+        step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+        slopes, o = step(qkv[0], gates)
+        np.testing.assert_allclose(o, want, rtol=0, atol=1e-5)
+        found.append(slopes)
+    for a, b in zip(*found):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+    of_gates = np.einsum("bshi,jbshi->bhj", weight, direct)
+    np.testing.assert_allclose(found[0][1], of_gates, rtol=0, atol=1e-3)
+
+
+def test_a_branch_of_its_own_may_take_the_place_of_another(qkv):
+    shared = partial(coreset, shared=True)
+    got = attention(
+        *qkv, GRID, branch="coreset", branches=(full, shared, sliding_groups), order="layout"
+    )
+    np.testing.assert_array_equal(got, shared(*qkv, GRID))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (
+            {"branch": "dense"},
+            r"branch='dense' must be one of full \(0\), coreset \(1\), sliding \(2\)",
+        ),
+        ({"branch": 3}, r"branch=3 must be one of"),
+        (
+            {"branch": jnp.asarray([0, 1, 2, 3, 0, 0])},
+            r"route=\[0, 1, 2, 3, 0, 0\] must hold branches 0 to 2",
+        ),
+        ({"text": jnp.asarray([1, 3])}, r"text=\[1, 3\]: valid text must be 0 to 2"),
+        ({"text": jnp.asarray([-1, 1])}, r"text=\[-1, 1\]: valid text must be 0 to 2"),
+        ({"order": "tiles"}, r"order='tiles' must be"),
+    ],
+)
+def test_bad_input_is_one_line(qkv, more, says):
+    with pytest.raises(UserError, match=says) as error:
+        attention(*qkv, GRID, **more)
+    assert "\n" not in str(error.value)
+
+
+def test_too_few_rows_and_a_chunk_that_does_not_divide_are_refused(qkv):
+    with pytest.raises(UserError, match="59 rows are fewer than the 60 tokens of grid"):
+        attention(*(x[:, :59] for x in qkv), GRID)
+    with pytest.raises(UserError, match="chunk=4 does not divide 6 heads"):
+        mix(*qkv, jnp.ones((2, HEADS, 3)), GRID, text=TEXT, chunk=4)
