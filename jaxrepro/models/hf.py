@@ -5,10 +5,11 @@ host never has the model and, with `shardings`, no device has more than its part
 tensor into a temporary folder that takes its name when it is complete.
 """
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,9 +18,20 @@ import numpy as np
 from jaxrepro.config import UserError
 from jaxrepro.files import read_json, write_json, write_text
 from jaxrepro.models import families, qwen2_vl, tensors, values
-from jaxrepro.models.names import EMBED, HEAD, assemble, canonical, leaves, pick, table
+from jaxrepro.models.names import (
+    EMBED,
+    HEAD,
+    Line,
+    account,
+    assemble,
+    canonical,
+    leaves,
+    pick,
+    table,
+)
 from jaxrepro.models.qwen2_vl import Qwen2VLConfig
-from jaxrepro.models.tensors import DTYPES, INDEX, Entry, listed
+from jaxrepro.models.tensors import DTYPES, Entry, listed
+from jaxrepro.models.tensors import INDEX as INDEX
 from jaxrepro.models.tensors import SINGLE as SINGLE
 from jaxrepro.models.transformer import TransformerConfig
 from jaxrepro.models.values import shown
@@ -124,23 +136,12 @@ def load(
                 "weights are not of one model"
             )
     lines = table(cfg)
-    wanted = {name: line for line in lines for name in line.names}
+    wanted = {name for line in lines for name in line.names}
     if HEAD in found and EMBED in found and HEAD not in wanted:
         if not _same(found[HEAD], found[EMBED]):
             raise UserError(f"{folder}: tied is True, but {HEAD} differs from the embedding")
         del found[HEAD]
-    problems = listed("missing", [n for n in wanted if n not in found])
-    problems += listed("unexpected", [shown(n) for n in found if n not in wanted])
-    problems += listed(
-        "wrong shape",
-        [
-            f"{n} is {found[n].shape}, expected {line.file_shape}"
-            for n, line in wanted.items()
-            if n in found and found[n].shape != line.file_shape
-        ],
-    )
-    if problems:
-        raise UserError(f"{folder}: " + "; ".join(problems))
+    account(folder, lines, found)
     return assemble(lines, lambda name: found[name].map(), dtype=dtype, shardings=shardings)
 
 
@@ -182,24 +183,17 @@ def save(
     where writing fails, nothing is left.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists: choose a new folder or remove it")
+    check_new(folder)
     copied = tokenizer_files(tokenizer)
     if ids is None and copied is not None:
         ids = token_ids(tokenizer)
     elif ids is None:
         ids = {} if tokenizer is None or isinstance(cfg, Qwen2VLConfig) else tokenizer.ids
-    entries = _entries(params, cfg, dtype)
+    entries = entries_of(params, table(cfg), dtype)
     config, generation = _configs(cfg, entries[0].dtype.name, ids)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        shards = tensors.shards(entries, max_shard_bytes)
-        for file, group in shards.items():
-            tensors.write(temporary / file, group)
-        if len(shards) > 1:
-            write_json(temporary / INDEX, tensors.index_of(shards))
+    with new_folder(folder) as temporary:
+        write_weights(temporary, entries, max_shard_bytes)
         write_json(temporary / "config.json", config)
         write_json(temporary / GENERATION, generation)
         if copied is not None:
@@ -209,6 +203,22 @@ def save(
             tokenizer.save(temporary)
         for name, text in (files or {}).items():
             write_text(temporary / name, text)
+
+
+def check_new(folder: Path) -> None:
+    """UserError where a folder has content."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists: choose a new folder or remove it")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends, and vanishes where it fails."""
+    check_new(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
         temporary.chmod(0o755)  # mkdtemp makes a private folder
         os.replace(temporary, folder)  # takes the place of an empty folder
     except BaseException:
@@ -216,9 +226,17 @@ def save(
         raise
 
 
-def _entries(params: dict[str, Any], cfg: Config, dtype: str | None) -> list[Entry]:
-    """What to write, in order; UserError where the tree is not that of `cfg`."""
-    lines = table(cfg)
+def write_weights(folder: Path, entries: list[Entry], most: int, stem: str = tensors.STEM) -> None:
+    """Safetensors of at most `most` bytes each, with an index where there are several."""
+    shards = tensors.shards(entries, most, stem)
+    for file, group in shards.items():
+        tensors.write(folder / file, group)
+    if len(shards) > 1:
+        write_json(folder / tensors.index_file(stem), tensors.index_of(shards))
+
+
+def entries_of(params: dict[str, Any], lines: list[Line], dtype: str | None) -> list[Entry]:
+    """What to write, in order, in `dtype` (None: as it is); UserError where the tree is not that of the lines."""
     have, want = {p for p, _ in leaves(params)}, {line.path for line in lines}
     problems = listed("missing from the tree", sorted(want - have))
     problems += listed("unknown to the format", sorted(have - want))

@@ -8,16 +8,19 @@ four decoder families share their names; Qwen2-VL adds its tower. Both key spell
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxrepro.models import qwen2_vl, transformer
+from jaxrepro.config import UserError
+from jaxrepro.models import qwen2_vl, tensors, transformer
 from jaxrepro.models.qwen2_vl import Qwen2VLConfig
+from jaxrepro.models.tensors import listed
 from jaxrepro.models.transformer import TransformerConfig
+from jaxrepro.models.values import shown
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 ALIGN = 64  # bytes; an array that begins there is taken by jax on a CPU without another copy
@@ -120,26 +123,63 @@ def table(cfg: Qwen2VLConfig | TransformerConfig) -> list[Line]:
         known = {"c": v.channels, "t": v.temporal, "y": v.patch, "x": v.patch}
     else:
         tree, rules, known = transformer.abstract(cfg), TEXT, {}
+    return lines_of(tree, rules, known)
+
+
+def lines_of(
+    tree: Any, rules: Mapping[str, tuple[str, str]], known: Mapping[str, int]
+) -> list[Line]:
+    """A `Line` per leaf of an abstract tree; rules: path -> (name in the file, formula).
+
+    A name with {} is of a stacked leaf, one tensor a layer. known: sizes of axes that no axis of ours has alone.
+    """
     lines = []
     for path, leaf in leaves(tree):
         name, formula = rules[path]
-        theirs, ours = (_axes(side) for side in formula.split("->"))
         stacked = "{}" in name
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        size = {g[0]: n for g, n in zip(ours, shape) if len(g) == 1} | known
-        letters = [a for g in theirs for a in g]
-        lines.append(
-            Line(
-                path=path,
-                names=tuple(name.format(i) for i in range(leaf.shape[0])) if stacked else (name,),
-                stacked=stacked,
-                shape=tuple(shape),
-                split=tuple(size[a] for a in letters),
-                order=tuple(letters.index(a) for g in ours for a in g),
-                file_shape=tuple(math.prod(size[a] for a in g) for g in theirs),
-            )
-        )
+        some = tuple(name.format(i) for i in range(leaf.shape[0])) if stacked else (name,)
+        lines.append(line_of(path, some, stacked, leaf.shape[stacked:], formula, known))
     return lines
+
+
+def line_of(
+    path: str,
+    names: tuple[str, ...],
+    stacked: bool,
+    shape: tuple[int, ...],
+    formula: str,
+    known: Mapping[str, int],
+) -> Line:
+    """One line; shape without the layer axis."""
+    theirs, ours = (_axes(side) for side in formula.split("->"))
+    size = {g[0]: n for g, n in zip(ours, shape) if len(g) == 1} | dict(known)
+    letters = [a for g in theirs for a in g]
+    return Line(
+        path=path,
+        names=names,
+        stacked=stacked,
+        shape=tuple(shape),
+        split=tuple(size[a] for a in letters),
+        order=tuple(letters.index(a) for g in ours for a in g),
+        file_shape=tuple(math.prod(size[a] for a in g) for g in theirs),
+    )
+
+
+def account(where: Any, lines: list[Line], found: Mapping[str, tensors.Stored]) -> None:
+    """UserError that lists what of a file is missing, unexpected, or of another shape than the lines want."""
+    wanted = {name: line for line in lines for name in line.names}
+    problems = listed("missing", [n for n in wanted if n not in found])
+    problems += listed("unexpected", [shown(n) for n in found if n not in wanted])
+    problems += listed(
+        "wrong shape",
+        [
+            f"{n} is {found[n].shape}, expected {line.file_shape}"
+            for n, line in wanted.items()
+            if n in found and found[n].shape != line.file_shape
+        ],
+    )
+    if problems:
+        raise UserError(f"{where}: " + "; ".join(problems))
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -27,7 +27,9 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F64": np.dtype(np.float64),
 }
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+STEM = "model"  # of the files' names; other libraries have others
+SINGLE = f"{STEM}.safetensors"
+INDEX = f"{SINGLE}.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's own library
 _MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")  # torch's zip and plain pickles
@@ -79,7 +81,12 @@ def listed(what: str, names: Sequence[str], most: int = 20) -> list[str]:
 # Reading ---------------------------------------------------------------------------------------------
 
 
-def stored(folder: str | os.PathLike[str]) -> dict[str, Stored]:
+def index_file(stem: str) -> str:
+    """The name of an index."""
+    return f"{stem}.safetensors.index.json"
+
+
+def stored(folder: str | os.PathLike[str], stem: str = STEM) -> dict[str, Stored]:
     """Every tensor of a folder of safetensors by its name in the file, nothing read but headers.
 
     UserError for a folder without them, a pickle, a shard or tensor of the index that is missing, and
@@ -90,7 +97,7 @@ def stored(folder: str | os.PathLike[str]) -> dict[str, Stored]:
         if folder.suffix in PICKLES:
             raise _pickled(folder)
         raise UserError(f"{folder} is a file: give the folder of the model, with its config.json")
-    files, index = _files(folder)
+    files, index = _files(folder, stem)
     out: dict[str, Stored] = {}
     for file in files:
         for name, tensor in scan(folder / file):
@@ -103,15 +110,16 @@ def stored(folder: str | os.PathLike[str]) -> dict[str, Stored]:
     return out
 
 
-def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
+def _files(folder: Path, stem: str) -> tuple[list[str], dict[str, str]]:
     """The safetensors files of a folder, and its index (name of a tensor -> file)."""
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
+    single, path = f"{stem}.safetensors", folder / index_file(stem)
+    if path.is_file():
+        index = read_json(path)
         index = index.get("weight_map") if isinstance(index, dict) else None
         if not (
             isinstance(index, dict) and index and all(isinstance(f, str) for f in index.values())
         ):
-            raise UserError(f"{folder / INDEX} has no weight_map of tensor names to files")
+            raise UserError(f"{path} has no weight_map of tensor names to files")
         for file in sorted(set(index.values())):
             if Path(file).suffix in PICKLES:
                 raise _pickled(folder / file)
@@ -125,14 +133,14 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str]]:
                     "download it, or the whole model again"
                 )
         return sorted(set(index.values())), index
-    if (folder / SINGLE).is_file():
-        return [SINGLE], {}
+    if (folder / single).is_file():
+        return [single], {}
     if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if path.suffix in PICKLES:
-                raise _pickled(path)
+        for other in sorted(folder.iterdir()):
+            if other.suffix in PICKLES:
+                raise _pickled(other)
     raise UserError(
-        f"{folder} has neither {SINGLE} nor {INDEX}: download the model or fix the path"
+        f"{folder} has neither {single} nor {path.name}: download the model or fix the path"
     )
 
 
@@ -140,7 +148,7 @@ def _pickled(path: Path) -> UserError:
     return UserError(
         f"{path} is a pickle, which can run any code and is never read; take the model's safetensors, "
         "or write them where you trust the file: "
-        "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
+        "from_pretrained(OLD).save_pretrained(NEW) of the model's class"
     )
 
 
@@ -196,7 +204,7 @@ def _check_apart(found: Sequence[tuple[str, Stored]]) -> None:
 # Writing ---------------------------------------------------------------------------------------------
 
 
-def shards(entries: Sequence[Entry], most: int) -> dict[str, list[Entry]]:
+def shards(entries: Sequence[Entry], most: int, stem: str = STEM) -> dict[str, list[Entry]]:
     """Entries by file, each file at most `most` bytes where a tensor is not larger itself."""
     groups: list[list[Entry]] = [[]]
     room = most
@@ -207,9 +215,9 @@ def shards(entries: Sequence[Entry], most: int) -> dict[str, list[Entry]]:
         room -= entry.nbytes
         groups[-1].append(entry)
     if len(groups) == 1:
-        return {SINGLE: groups[0]}
+        return {f"{stem}.safetensors": groups[0]}
     total = len(groups)
-    return {f"model-{n + 1:05d}-of-{total:05d}.safetensors": g for n, g in enumerate(groups)}
+    return {f"{stem}-{n + 1:05d}-of-{total:05d}.safetensors": g for n, g in enumerate(groups)}
 
 
 def index_of(files: dict[str, list[Entry]]) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""HunyuanVideo and Wan 2.1 against diffusers in torch: velocity, files both ways, schedulers.
+
+The models are tiny and random; every tensor is drawn wide enough that gates, norms and rotations show.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrepro.models import video_dit, video_files
+from jaxrepro.models.video_dit import Condition
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.oracle
+
+HUNYUAN = dict(
+    in_channels=3,
+    out_channels=5,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    num_layers=2,
+    num_single_layers=3,
+    num_refiner_layers=2,
+    mlp_ratio=3.0,
+    patch_size=2,
+    patch_size_t=1,
+    text_embed_dim=12,
+    pooled_projection_dim=7,
+    rope_axes_dim=(4, 6, 6),
+)
+WAN = dict(
+    patch_size=(1, 2, 2),
+    num_attention_heads=3,
+    attention_head_dim=16,
+    in_channels=3,
+    out_channels=5,
+    text_dim=12,
+    freq_dim=32,
+    ffn_dim=40,
+    num_layers=3,
+)
+LATENTS, TEXT, LENGTHS = (2, 3, 3, 4, 6), 6, (4, 6)
+NAMES = {
+    "hunyuan": ("HunyuanVideoTransformer3DModel", HUNYUAN),
+    "hunyuan without guidance": (
+        "HunyuanVideoTransformer3DModel",
+        HUNYUAN | {"guidance_embeds": False},
+    ),
+    "hunyuan with patches in time": (
+        "HunyuanVideoTransformer3DModel",
+        HUNYUAN | {"patch_size_t": 3},
+    ),
+    "wan": ("WanTransformer3DModel", WAN),
+    "wan with patches in time": ("WanTransformer3DModel", WAN | {"patch_size": (3, 2, 1)}),
+}
+
+
+def peer(name: str):
+    """The torch model of a case."""
+    kind, config = NAMES[name]
+    torch.manual_seed(0)
+    model = getattr(diffusers, kind)(**config).eval()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            p.normal_(1.0 if "norm_" in key or ".norm" in key and p.ndim == 1 else 0.0, 0.3)
+    return model
+
+
+def inputs(name: str) -> dict[str, np.ndarray]:
+    """Latents, times and conditions."""
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    out = {
+        "latents": draw(*LATENTS),
+        "t": np.array([871.5, 33.0], np.float32),
+        "text": draw(2, TEXT, 12),
+    }
+    if "hunyuan" in name:
+        out |= {"length": np.array(LENGTHS, np.int32), "pooled": draw(2, 7)}
+        if "without" not in name:
+            out |= {"guidance": np.array([6000.0, 1000.0], np.float32)}
+    return out
+
+
+def ask(model, x: dict[str, np.ndarray]) -> np.ndarray:
+    """The torch model's velocity."""
+    x = {key: torch.from_numpy(value) for key, value in x.items()}
+    more = {}
+    if "length" in x:
+        more = {
+            "encoder_attention_mask": torch.arange(TEXT) < x["length"][:, None],
+            "pooled_projections": x["pooled"],
+            "guidance": x.get("guidance"),
+        }
+    with torch.no_grad():
+        return model(
+            x["latents"], timestep=x["t"], encoder_hidden_states=x["text"], **more
+        ).sample.numpy()
+
+
+def condition(x: dict[str, np.ndarray]) -> Condition:
+    some = {key: jnp.asarray(value) for key, value in x.items() if key not in ("latents", "t")}
+    return Condition(**some)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_written_checkpoint_gives_the_velocity_of_diffusers(name, tmp_path):
+    model, x = peer(name), inputs(name)
+    model.save_pretrained(tmp_path / "transformer", max_shard_size="60KB")
+    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    cfg = video_files.read_config(tmp_path)
+    params = video_files.load(tmp_path, cfg)
+    assert video_dit.count(cfg) == sum(p.numel() for p in model.parameters())
+    run = jax.jit(lambda p, x, t, c: video_dit.apply(p, cfg, x, t, c))
+    ours = run(params, jnp.asarray(x["latents"]), jnp.asarray(x["t"]), condition(x))
+    theirs = ask(model, x)
+    assert theirs.std() > 0.1
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "wan"])
+def test_diffusers_reads_what_we_write(name, tmp_path):
+    model = peer(name)
+    model.save_pretrained(tmp_path / "theirs")
+    cfg = video_files.read_config(tmp_path / "theirs")
+    params = video_files.load(tmp_path / "theirs", cfg)
+    video_files.save(tmp_path / "ours", params, cfg, max_shard_bytes=60_000)
+    again = getattr(diffusers, NAMES[name][0]).from_pretrained(tmp_path / "ours")
+    want, have = model.state_dict(), again.state_dict()
+    assert set(want) == set(have)
+    assert all(torch.equal(want[key], have[key]) for key in want)
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "wan"])
+def test_the_time_embedding_is_that_of_diffusers(name, tmp_path):
+    model = peer(name)
+    model.save_pretrained(tmp_path)
+    cfg = video_files.read_config(tmp_path)
+    params = video_files.load(tmp_path, cfg)
+    t = torch.tensor([999.0, 20.5])
+    if name == "hunyuan":
+        theirs = model.time_text_embed.timestep_embedder(model.time_text_embed.time_proj(t))
+    else:
+        theirs = model.condition_embedder.time_embedder(model.condition_embedder.timesteps_proj(t))
+    ours = video_dit.time_embedding(params, cfg, jnp.asarray(t.numpy()))
+    np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=2e-5)
