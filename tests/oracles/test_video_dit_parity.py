@@ -10,6 +10,7 @@ import pytest
 
 from jaxrepro.models import video_dit, video_files
 from jaxrepro.models.video_dit import Condition
+from jaxrepro.ops import flow
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -65,7 +66,7 @@ def peer(name: str):
     model = getattr(diffusers, kind)(**config).eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
-            p.normal_(1.0 if "norm_" in key or ".norm" in key and p.ndim == 1 else 0.0, 0.3)
+            p.normal_(1.0 if "norm_" in key or (".norm" in key and p.ndim == 1) else 0.0, 0.3)
     return model
 
 
@@ -147,3 +148,42 @@ def test_the_time_embedding_is_that_of_diffusers(name, tmp_path):
         theirs = model.condition_embedder.time_embedder(model.condition_embedder.timesteps_proj(t))
     ours = video_dit.time_embedding(params, cfg, jnp.asarray(t.numpy()))
     np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=2e-5)
+
+
+def velocity(x, t, sin, tanh):
+    """A smooth field for either library."""
+    return tanh(0.7 * x - 0.4 * sin(3 * x) * (t / 1000) + 0.1)
+
+
+@pytest.mark.parametrize("steps, shift", [(50, 5.0), (8, 3.0), (2, 7.0)])
+def test_euler_walks_as_the_scheduler_of_diffusers(steps, shift):
+    peer = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    peer.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
+    plan = flow.euler(steps=steps, shift=shift)
+    np.testing.assert_allclose(plan.t, peer.timesteps.numpy(), rtol=1e-6)
+    compare(plan, peer)
+
+
+@pytest.mark.parametrize("steps, shift", [(50, 5.0), (8, 3.0), (3, 5.0), (2, 5.0), (1, 5.0)])
+def test_unipc_walks_as_the_scheduler_of_diffusers(steps, shift):
+    peer = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    # the grid of 0.33.1; newer releases have another by default
+    peer.set_timesteps(sigmas=np.flip(1 - np.linspace(1, 1 / 1000, steps + 1))[:-1].copy())
+    plan = flow.unipc(steps=steps, shift=shift)
+    np.testing.assert_array_equal(plan.t, peer.timesteps.numpy())
+    np.testing.assert_allclose(plan.sigma, peer.sigmas.numpy()[:-1], atol=1e-7)
+    compare(plan, peer)
+
+
+def compare(plan, peer):
+    """Both walk the same field from the same noise."""
+    noise = np.random.default_rng(3).normal(size=(1, 3, 4)).astype(np.float32)
+    theirs = torch.from_numpy(noise)
+    for t in peer.timesteps:
+        v = velocity(theirs, t.float(), torch.sin, torch.tanh)
+        theirs = peer.step(v, t, theirs, return_dict=False)[0]
+    field = lambda x, t, i: velocity(x, t[:, None, None], jnp.sin, jnp.tanh)
+    ours = jax.jit(lambda x: flow.sample(field, x, plan))(jnp.asarray(noise))
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
