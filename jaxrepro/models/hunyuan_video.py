@@ -273,7 +273,7 @@ def apply(
     x, cos, sin = arrange(x, *rope_tables(grid, cfg.rope, cfg.rope_theta), layout)
     x = constrain(x, *ACTIVATION)
     n = x.shape[1]
-    aux = Aux(grid, y.shape[1], condition.length, None if layout is None else layout.valid)
+    aux = Aux(grid, y.shape[1], condition.length)
 
     def see(layer):
         def call(q, k, v):
@@ -304,7 +304,7 @@ def apply(
     )
     z = jnp.concatenate([x, y], 1)
     z, more = jax.lax.scan(single, z, (params["single"], rest), unroll=cfg.single <= SHALLOW)
-    x = z[:, :n] if layout is None else z[:, jnp.asarray(layout.place)]
+    x = z[:, :n] if layout is None else z[:, jnp.asarray(layout.inverse)]
     scale, shift = chunks(affine(e, params["mod"]))
     x = affine(modulate(x, shift, scale, cfg.eps), params["out"]).astype(jnp.float32)
     x = unpatchify(x, grid, cfg.patch, channels=CHANNELS)

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -229,6 +229,14 @@ def index_of(files: dict[str, list[Entry]]) -> dict[str, Any]:
 
 def write(path: Path, entries: Sequence[Entry]) -> None:
     """One safetensors file, tensor by tensor."""
+    with open(path, "wb") as file:
+        write_to(file, entries)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_to(file: IO[bytes], entries: Sequence[Entry]) -> None:
+    """`write` into a file that is open."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -238,10 +246,7 @@ def write(path: Path, entries: Sequence[Entry]) -> None:
         at = place[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for e in entries:
-            tensor = np.ascontiguousarray(e.make(), dtype=e.dtype)
-            file.write(tensor.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(len(text).to_bytes(8, "little") + text)
+    for e in entries:
+        tensor = np.ascontiguousarray(e.make(), dtype=e.dtype)
+        file.write(tensor.reshape(-1).view(np.uint8).data)

@@ -13,12 +13,12 @@ once before the output.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxrepro.config import UserError
 from jaxrepro.models.params import Param, fan_in
@@ -45,16 +45,15 @@ class Condition(NamedTuple):
     guidance: Any = None  # (b,)
 
 
-class Layout(NamedTuple):
-    """An order of the video tokens, with room for padding.
+@runtime_checkable
+class Layout(Protocol):
+    """An order of the video tokens: the raster index of each slot (s,), and the slot of each raster index (s,)."""
 
-    order (s,): the raster index of each slot, any valid one where it is padding. place (n,): the slot of each raster
-    index. valid (s,): which slots are tokens; None: all.
-    """
+    @property
+    def order(self) -> Any: ...
 
-    order: Any
-    place: Any
-    valid: Any = None
+    @property
+    def inverse(self) -> Any: ...
 
 
 class Aux(NamedTuple):
@@ -63,19 +62,9 @@ class Aux(NamedTuple):
     grid: tuple[int, int, int]  # tokens in (frames, rows, columns)
     text: int  # text slots at the end
     length: Any = None  # (b,) valid text; None: all
-    valid: Any = None  # (s,) video slots that are tokens; None: all
 
 
 Attend = Callable[[Array, Array, Array, Array, Aux], Array]
-
-
-def keys_of(aux: Aux, s: int) -> Bool[Array, "b s"]:
-    """Which of all s slots are tokens; the leading axis is 1 where that is the same for all rows."""
-    video = jnp.ones(s - aux.text, bool) if aux.valid is None else jnp.asarray(aux.valid)
-    if aux.length is None:
-        return jnp.concatenate([video, jnp.ones(aux.text, bool)])[None]
-    text = jnp.arange(aux.text) < jnp.asarray(aux.length)[:, None]
-    return jnp.concatenate([jnp.broadcast_to(video, (len(text), video.size)), text], 1)
 
 
 def full(
@@ -87,9 +76,12 @@ def full(
 ) -> Float[Array, "b s h i"]:
     """Attention of every token to every token."""
     del layer
-    keys = keys_of(aux, q.shape[1])
-    o, _ = attention.attend(q, k, v, keys[:, None, None])
-    return jnp.where(keys[..., None, None], o, 0)
+    s = q.shape[1]
+    if aux.length is None:
+        return attention.attend(q, k, v, jnp.ones((1, 1, 1, s), bool))[0]
+    valid = jnp.arange(s) < s - aux.text + aux.length[:, None]
+    o, _ = attention.attend(q, k, v, valid[:, None, None])
+    return jnp.where(valid[..., None, None], o, 0)
 
 
 # --- declarations -----------------------------------------------------------------------------
@@ -247,9 +239,9 @@ def arrange(
     """Tokens and rotary tables in the order of the layout."""
     if layout is None:
         return x, cos, sin
-    if len(layout.place) != x.shape[1]:
+    if len(layout.inverse) != x.shape[1]:
         raise UserError(
-            f"the layout is of {len(layout.place)} video tokens, the latents have {x.shape[1]}: make it for their grid"
+            f"the layout is of {len(layout.inverse)} video tokens, the latents have {x.shape[1]}: make it for their grid"
         )
     order = jnp.asarray(layout.order)
     return x[:, order], cos[order], sin[order]

@@ -193,7 +193,7 @@ def apply(
     x = affine(patchify(latents, cfg.patch).astype(cfg.dtype), params["patch"])
     x, cos, sin = arrange(x, *rope_tables(grid, cfg.rope, cfg.rope_theta), layout)
     x = constrain(x, *ACTIVATION)
-    aux = Aux(grid, 0, None, None if layout is None else layout.valid)
+    aux = Aux(grid, 0)
 
     def block(x, each):
         w, layer = each
@@ -210,7 +210,7 @@ def apply(
     each = (params["layers"], jnp.arange(cfg.layers))
     x, some = jax.lax.scan(block, x, each, unroll=cfg.layers <= SHALLOW)
     if layout is not None:
-        x = x[:, jnp.asarray(layout.place)]
+        x = x[:, jnp.asarray(layout.inverse)]
     shift, scale = chunks(e[:, :, None] + params["table"].astype(jnp.float32))
     x = affine(modulate(x, shift, scale, cfg.eps), params["out"]).astype(jnp.float32)
     x = unpatchify(x, grid, cfg.patch, channels=CHANNELS)

@@ -68,11 +68,11 @@ def _shifted(s: np.ndarray, shift: float) -> np.ndarray:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def few(steps: int, n: int) -> np.ndarray:
+def few(steps: int, n: int) -> tuple[int, ...]:
     """n of the steps of a grid, evenly, its first among them: what a distilled model is sampled at."""
     if not 1 <= n <= steps:
         raise UserError(f"{n} steps out of a grid of {steps}: 1 to {steps}")
-    return np.floor(np.linspace(0, steps, n, endpoint=False)).astype(int)
+    return tuple(int(j) for j in np.linspace(0, steps, n, endpoint=False))
 
 
 def euler(*, steps: int = 50, shift: float = 7.0, picks: Sequence[int] | None = None) -> Euler:
