@@ -36,6 +36,7 @@ from jaxrepro.models.video_parts import (
     affine,
     arrange,
     check,
+    check_numbers,
     chunks,
     full,
     gelu,
@@ -208,12 +209,11 @@ def _embedding(params, cfg, t, condition):
 
 
 def _heads(w, cfg, y, cos=None, sin=None):
-    """Queries, keys and values of a stream, normalised; its first tokens rotated, as many as the tables have."""
+    """Queries, keys and values of a stream, normalised, and rotated where there are tables."""
     q, k, v = (affine(y, w[name]) for name in "qkv")
     q, k = (rms_norm(a, w[name], cfg.eps) for a, name in ((q, "q_norm"), (k, "k_norm")))
     if cos is not None:
-        n = cos.shape[0]
-        q, k = (jnp.concatenate([rotate(a[:, :n], cos, sin), a[:, n:]], 1) for a in (q, k))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     return q, k, v
 
 
@@ -267,13 +267,17 @@ def apply(
     UserError for latents that the patch does not divide, and for a condition that the model does not have.
     """
     grid = grid_of(latents.shape, cfg.patch)
+    check_numbers(t, condition)
     e = _embedding(params, cfg, t, condition)
     y = refine(params["text"], cfg, t, condition.text, condition.length)
     x = affine(patchify(latents, cfg.patch).astype(cfg.dtype), params["patch"])
     x, cos, sin = arrange(x, *rope_tables(grid, cfg.rope, cfg.rope_theta), layout)
     x = constrain(x, *ACTIVATION)
     n = x.shape[1]
-    aux = Aux(grid, y.shape[1], condition.length)
+    slots = y.shape[1]
+    aux = Aux(grid, slots, condition.length)
+    # a rotation by nothing for text: no tokens are moved to leave it out
+    still = [jnp.pad(a, ((0, slots), (0, 0)), constant_values=c) for a, c in ((cos, 1), (sin, 0))]
 
     def see(layer):
         def call(q, k, v):
@@ -292,7 +296,7 @@ def apply(
 
     def single(z, each):
         w, layer = each
-        z = _single(z, w, cfg, e, cos, sin, see(layer))
+        z = _single(z, w, cfg, e, *still, see(layer))
         return z, out(z[:, :n], z[:, n:], layer)
 
     if cfg.remat != "none":

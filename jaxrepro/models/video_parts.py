@@ -115,6 +115,24 @@ def check(cfg: Any, counts: tuple[str, ...]) -> None:
         raise UserError(f"remat {cfg.remat!r} is unknown: one of {', '.join(REMAT)}")
 
 
+def check_numbers(t: Array, condition: Condition) -> None:
+    """UserError for times outside 0 .. 1000 and lengths beyond the text, as far as they are known while tracing."""
+    times, lengths = _known(t), _known(condition.length)
+    if times is not None and not ((times >= 0) & (times <= 1000)).all():
+        raise UserError(f"t is {times.tolist()}: times lie in 0 .. 1000")
+    slots = condition.text.shape[1]
+    if lengths is not None and not ((lengths >= 0) & (lengths <= slots)).all():
+        raise UserError(f"length is {lengths.tolist()}: the text has {slots} tokens")
+
+
+def _known(x: Any) -> np.ndarray | None:
+    """The numbers of an array; None while it is traced, and of None."""
+    try:
+        return None if x is None else np.asarray(x)
+    except jax.errors.TracerArrayConversionError:
+        return None
+
+
 # --- layers -----------------------------------------------------------------------------------
 
 

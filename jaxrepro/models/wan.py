@@ -34,6 +34,7 @@ from jaxrepro.models.video_parts import (
     affine,
     arrange,
     check,
+    check_numbers,
     chunks,
     full,
     gelu,
@@ -187,6 +188,7 @@ def apply(
     for name in ("length", "pooled", "guidance"):
         if getattr(condition, name) is not None:
             raise UserError(f"Wan reads no Condition.{name}: leave it None")
+    check_numbers(t, condition)
     e = time_embedding(params, cfg, t)[:, None]
     m = affine(jax.nn.silu(e), params["mod"])
     text = two_layers(condition.text.astype(cfg.dtype), params["text"], gelu)

@@ -370,7 +370,11 @@ def test_what_the_model_cannot_read_is_refused(model):
         UserError, match="5 columns of the latents are no multiple of the patch's 2"
     ):
         run(x[..., :5], c)
+    with pytest.raises(UserError, match=r"t is \[1001.0, nan\]: times lie in 0 .. 1000"):
+        video_dit.apply(params, cfg, x, jnp.array([1001.0, jnp.nan]), c)
     if cfg is HUNYUAN:
+        with pytest.raises(UserError, match=r"length is \[3, 6\]: the text has 5 tokens"):
+            run(x, c._replace(length=jnp.array([3, 6])))
         with pytest.raises(UserError, match=r"needs Condition\.pooled"):
             run(x, c._replace(pooled=None))
         with pytest.raises(UserError, match=r"needs Condition\.guidance: guidance is True"):
