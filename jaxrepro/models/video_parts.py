@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from jaxrepro.config import UserError
 from jaxrepro.models.params import Param, fan_in
 from jaxrepro.models.transformer import DTYPES, REMAT
-from jaxrepro.ops import attention
+from jaxrepro.ops.attention import attend_joint
 from jaxrepro.ops.dense import dense
 from jaxrepro.sharding import constrain
 
@@ -76,12 +76,7 @@ def full(
 ) -> Float[Array, "b s h i"]:
     """Attention of every token to every token."""
     del layer
-    s = q.shape[1]
-    if aux.length is None:
-        return attention.attend(q, k, v, jnp.ones((1, 1, 1, s), bool))[0]
-    valid = jnp.arange(s) < s - aux.text + aux.length[:, None]
-    o, _ = attention.attend(q, k, v, valid[:, None, None])
-    return jnp.where(valid[..., None, None], o, 0)
+    return attend_joint(q, k, v, q.shape[1] - aux.text, aux.length)
 
 
 # --- declarations -----------------------------------------------------------------------------

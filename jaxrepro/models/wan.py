@@ -50,7 +50,7 @@ from jaxrepro.models.video_parts import (
     two_layers,
     unpatchify,
 )
-from jaxrepro.ops import attention
+from jaxrepro.ops.attention import attend_prefix
 from jaxrepro.sharding import constrain
 
 COUNTS = ("heads", "head_dim", "layers", "ffn", "channels", "out_channels", "text", "frequencies")
@@ -157,8 +157,7 @@ def _block(x, w, cfg, m, text, cos, sin, see):
         x, g_1, affine(see(rotate(q, cos, sin), rotate(k, cos, sin), v), w["attn"]["o"], inputs=2)
     )
     y = normalise(x, cfg.eps) * w["cross_norm"]["scale"] + w["cross_norm"]["bias"]
-    everything = jnp.ones((1, 1, 1, text.shape[1]), bool)
-    o, _ = attention.attend(*_heads(w["cross"], cfg, y.astype(x.dtype), text), everything)
+    o = attend_prefix(*_heads(w["cross"], cfg, y.astype(x.dtype), text))
     x = checkpoint_name(x + affine(o, w["cross"]["o"], inputs=2), "mlp_in")
     return add(x, g_2, two_layers(modulate(x, s_2, c_2, cfg.eps), w, gelu))
 

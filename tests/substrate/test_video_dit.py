@@ -1,7 +1,6 @@
 """The video transformers: sizes, patches, rotary tables, modulation by hand, padding, and the attention hook."""
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,12 @@ from jaxrepro.models import video_dit, video_parts
 from jaxrepro.models.hunyuan_video import HunyuanVideoConfig
 from jaxrepro.models.video_dit import Aux, Condition
 from jaxrepro.models.wan import WanConfig
+from jaxrepro.ops import routed
+from jaxrepro.ops.video_grid import VideoGrid
 
-HUNYUAN, WAN = video_dit.PRESETS["hunyuan_tiny"], video_dit.PRESETS["wan_tiny"]
+# one block of a kind: two are compiled twice as long, and tests/oracles has more
+HUNYUAN = replace(video_dit.PRESETS["hunyuan_tiny"], double=1, single=1)
+WAN = replace(video_dit.PRESETS["wan_tiny"], layers=2)
 KINDS = {"hunyuan": HUNYUAN, "wan": WAN}
 SHAPE, SLOTS = (2, 4, 2, 4, 6), 5  # latents; text
 TOKENS = 2 * 2 * 3
@@ -237,11 +240,6 @@ def test_the_last_modulation_has_its_own_order(name, order):
 # Padding and layouts.
 
 
-class Order(NamedTuple):
-    order: np.ndarray
-    inverse: np.ndarray
-
-
 def test_padded_text_influences_nothing():
     params, (x, t, c) = drawn(HUNYUAN), inputs(HUNYUAN)
     other = c._replace(text=c.text.at[0, 3:].set(jnp.nan))
@@ -267,8 +265,8 @@ def test_no_text_at_all_gives_numbers():
 
 def test_the_order_of_the_tokens_changes_nothing(model):
     cfg, params, x, t, c = model
-    order = np.random.default_rng(4).permutation(TOKENS)
-    layout = Order(order, np.argsort(order))
+    layout = VideoGrid((2, 2, 3), tile=(1, 2, 2), bucket=(1, 2, 1))
+    assert (np.diff(layout.order) != 1).any()
     run = jax.jit(lambda p, x, t, c: video_dit.apply(p, cfg, x, t, c, layout=layout))
     np.testing.assert_allclose(run(params, x, t, c), velocity(cfg, params, x, t, c), atol=2e-5)
 
@@ -276,7 +274,7 @@ def test_the_order_of_the_tokens_changes_nothing(model):
 def test_a_layout_of_another_grid_is_refused(model):
     cfg, params, x, t, c = model
     with pytest.raises(UserError, match="of 7 video tokens, the latents have 12"):
-        video_dit.apply(params, cfg, x, t, c, layout=Order(np.arange(7), np.arange(7)))
+        video_dit.apply(params, cfg, x, t, c, layout=VideoGrid((1, 1, 7), tile=(1, 1, 7)))
 
 
 # The hook.
@@ -306,6 +304,27 @@ def test_attention_is_the_callers_and_its_layer_is_data(model):
     assert set(seen) == {((2, TOKENS + text, 2, 16), (2, 2, 3), text)}
 
 
+def test_a_route_of_branches_is_followed_layer_by_layer(model):
+    """The ops for routed attention fit the hook: all heads full is the plain model, other routes compile nothing."""
+    cfg, params, x, t, c = model
+    grid = VideoGrid((2, 2, 3), tile=(1, 2, 2), window=(1, 1, 1), bucket=(1, 2, 1))
+    traced = []
+
+    @jax.jit
+    def run(route, params, x, t, c):
+        traced.append(1)
+        attend = lambda q, k, v, layer, aux: routed.routed(
+            q, k, v, route[layer], grid, text=aux.length
+        )
+        return video_dit.apply(params, cfg, x, t, c, attend=attend, layout=grid)
+
+    route = jnp.zeros((cfg.layers, cfg.heads), int)
+    full = run(route, params, x, t, c)
+    np.testing.assert_allclose(full, velocity(cfg, params, x, t, c), atol=2e-5)
+    other = run(route.at[0, 1].set(2).at[-1, 0].set(1), params, x, t, c)
+    assert len(traced) == 1 and jnp.abs(full - other).max() > 1e-3
+
+
 def test_padding_rows_of_full_attention_are_zero():
     q = jnp.ones((2, 4, 1, 2))
     aux = Aux((1, 1, 2), 2, jnp.array([1, 0]))
@@ -315,9 +334,8 @@ def test_padding_rows_of_full_attention_are_zero():
 
 @pytest.mark.parametrize("kind, remat", [("hunyuan", "names"), ("wan", "full")])
 def test_rematerialisation_keeps_the_gradient(kind, remat):
-    short = {"double": 1, "single": 1} if kind == "hunyuan" else {"layers": 1}
-    cfg = replace(KINDS[kind], **short)
-    params, (x, t, c) = drawn(cfg), inputs(KINDS[kind])
+    cfg = HUNYUAN if kind == "hunyuan" else replace(WAN, layers=1)
+    params, (x, t, c) = drawn(cfg), inputs(cfg)
     loss = lambda x, cfg: jnp.square(video_dit.apply(params, cfg, x, t, c)).sum()
     grad = jax.jit(jax.grad(loss), static_argnums=1)
     want, have = grad(x, cfg), grad(x, replace(cfg, remat=remat))
