@@ -244,7 +244,7 @@ def _single(z, w, cfg, e, cos, sin, see):
     o = see(*_heads(w, cfg, y, cos, sin))
     o = o.reshape(*o.shape[:2], -1)
     n = o.shape[-1]
-    m = checkpoint_name(gelu(affine(y, w["fc1"])), "mlp_in")
+    m = gelu(affine(y, w["fc1"]))
     kernel = w["out"]["kernel"]
     both = dense(o, kernel[:n]) + dense(m, kernel[n:]) + w["out"]["bias"].astype(z.dtype)
     return add(z, gate, both)
