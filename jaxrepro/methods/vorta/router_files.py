@@ -16,24 +16,13 @@ from jaxtyping import Array, Float
 
 from jaxrepro.config import UserError
 from jaxrepro.files import whole
+from jaxrepro.methods.vorta.router import declare
 from jaxrepro.models import hf, tensors
 from jaxrepro.models.hunyuan_video import HunyuanVideoConfig
 from jaxrepro.models.names import Line, account, assemble, line_of
-from jaxrepro.models.params import Param
 from jaxrepro.models.video_dit import Config
 
-BRANCHES = ("full", "coreset", "sliding")
 CONVERT = "python -m jaxrepro.methods.vorta.convert"
-
-
-def declare(cfg: Config) -> dict[str, Param]:
-    """One linear layer a block, drawn as torch draws one: uniform within 1 / sqrt(d), the bias too."""
-    shape, axes = (cfg.heads, len(BRANCHES)), ("heads", "norm")
-    std = (3 * cfg.d) ** -0.5  # of a uniform number within 1 / sqrt(d)
-    return {
-        "kernel": Param((cfg.layers, cfg.d, *shape), ("layers", "norm", *axes), std, uniform=True),
-        "bias": Param((cfg.layers, *shape), ("layers", *axes), std, uniform=True),
-    }
 
 
 def table(cfg: Config) -> list[Line]:
