@@ -114,7 +114,7 @@ def combine(
     t: Float[Array, "b"],
     *,
     diff: float = 1.0,
-    reg: float = 0.02,
+    reg: float | Float[Array, ""] = 0.02,
     last: float = 20.0,
     hidden: float = 0.0,
     rebalance: float = 200.0,
