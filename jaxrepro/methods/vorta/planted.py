@@ -191,9 +191,9 @@ def recovered(params: dict[str, Array]) -> Bool[Array, "n h"]:
 def study(seeds: int = 5) -> dict[str, float]:
     """Shares of seeds in which routes are found; of heads, where nothing pays for sparseness.
 
-    static: all six heads at the paper's weights, 0.02 beside 20; switch: all seven at 0.5 beside 20. paper_switch: the
-    seventh alone at the paper's weights. drift: the mean share of the six at weight 0, where full attention, which has
-    no error, is never left.
+    static: all six heads at the paper's weights, 0.02 beside 20. switch: all seven at 1 beside 20; switch_half: at 0.5,
+    where a seed in seven still has the last head at full for some time. paper_switch: the last head alone at the paper's
+    weights. drift: the mean share of the six at weight 0, where all go to full attention, which has no error.
     """
     grams = jnp.stack([gram(heads(seed)) for seed in range(seeds)])
     keys = jnp.stack([jax.random.key(seed) for seed in range(seeds)])
@@ -203,10 +203,11 @@ def study(seeds: int = 5) -> dict[str, float]:
         return recovered(train(key, grams, reg))
 
     at = lambda reg: np.asarray(found(keys, grams, jnp.full(seeds, reg)))  # (seeds, times, heads)
-    paper, strong, none = at(0.02), at(0.5), at(0.0)
+    paper, half, strong, none = at(0.02), at(0.5), at(1.0), at(0.0)
     return {
         "planted/static": float(paper[..., :6].all((1, 2)).mean()),
         "planted/switch": float(strong.all((1, 2)).mean()),
+        "planted/switch_half": float(half.all((1, 2)).mean()),
         "planted/paper_switch": float(paper[..., 6].all(1).mean()),
         "planted/drift": float(none[..., :6].mean()),
     }
