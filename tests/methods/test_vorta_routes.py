@@ -46,7 +46,7 @@ def test_gates_that_are_no_numbers_are_refused_and_named():
     g[2, 1, 2, 0] = np.nan
     with pytest.raises(UserError, match="block 1, head 2 are not finite"):
         routes.choose(g)
-    with pytest.raises(UserError, match="tau=1.5"):
+    with pytest.raises(UserError, match=r"tau=1\.5"):
         routes.choose(np.full((1, 1, 3), 1 / 3), tau=1.5)
 
 
@@ -96,7 +96,7 @@ def test_random_controls_keep_the_number_of_full_heads_or_the_cost(seed, share):
 
 def test_a_cost_that_a_control_cannot_have_is_refused():
     cheap = routes.uniform(table_of(), "sliding")
-    with pytest.raises(UserError, match="heads of coreset cost 0.25 to 1 of full attention, not 0.2"):  # fmt: skip
+    with pytest.raises(UserError, match=r"heads of coreset cost 0\.25 to 1 of full attention, not 0\.2"):  # fmt: skip
         routes.random(cheap, seed=0, rest=("coreset",), flops=FLOPS)
     with pytest.raises(UserError, match="branch='dense'"):
         routes.uniform(cheap, "dense")
