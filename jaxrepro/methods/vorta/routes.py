@@ -130,11 +130,12 @@ def random(
     seed: int,
     rest: Sequence[str] = ("coreset", "sliding"),
     flops: Sequence[float] | None = None,
+    cost: float | None = None,
 ) -> Routes:
     """As many full heads as in `routes`, at random places; each other head takes one of `rest`, at random.
 
-    With flops (of each branch) the number of full heads is the one that costs as much as `routes`; UserError where
-    none comes within 2 %.
+    With flops (of each branch) the number of full heads is the one that costs as much as `routes`, or `cost` where it is
+    given; UserError where none comes within 2 %.
     """
     rng = np.random.default_rng(seed)
     size = routes.table.size
@@ -145,9 +146,9 @@ def random(
     if flops is None:
         n = int((routes.table == full).sum())
     else:
-        wanted = fraction(routes.table, flops)
-        cost = np.asarray(flops, np.float64)
-        more = np.cumsum(cost[full] - cost[table[order]]) / size
+        wanted = fraction(routes.table, flops) if cost is None else cost
+        each = np.asarray(flops, np.float64)
+        more = np.cumsum(each[full] - each[table[order]]) / size
         found = fraction(table, flops) + np.concatenate([[0.0], more])
         n = int(np.abs(found - wanted).argmin())
         if abs(found[n] - wanted) > EQUAL * wanted:

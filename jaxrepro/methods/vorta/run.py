@@ -1,0 +1,247 @@
+"""VORTA end to end: a video model, its routers, and routed sampling against dense sampling.
+
+    planted    does the router find routes that are known? (planted.py; no model)
+    pretrain   a small model by flow matching on moving shapes; once, kept in a cache, where no model is given
+    router     `steps` updates of the routers alone (objective.py)
+    evaluate   videos of test texts from the same noise: dense, routed, and tables at the same cost (evaluation.py)
+
+One run trains one arm; `jaxrepro.reproduce` compares arms. With steps = 0 the routers of `router.path` are evaluated.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrepro import sharding
+from jaxrepro.config import UserError
+from jaxrepro.data import locate
+from jaxrepro.distributed import first
+from jaxrepro.methods.vorta import (
+    evaluation,
+    objective,
+    planted,
+    report,
+    router,
+    router_files,
+    setting,
+)
+from jaxrepro.methods.vorta.setting import Setting
+from jaxrepro.models import video_dit, video_files
+from jaxrepro.train import checkpoint, memory
+from jaxrepro.train.loop import Run
+from jaxrepro.train.state import init_state, state_shardings, step_key
+
+STAGE = "router"
+
+
+def run(
+    config: Any, workdir: Any, *, resume: str = "auto", profile: str | None = None
+) -> dict[str, float]:
+    """Train the routers of one arm in `workdir` and evaluate them; returns what summary.json holds."""
+    check(config)
+    if not config.model.path and config.model.shape in video_dit.PRESETS:
+        raise UserError(
+            f"model.shape={config.model.shape} is a released model: give its folder as model.path (small and medium "
+            "are trained here)"
+        )
+    s = setting.prepare(config)
+    show = "loss", "last", "diffusion", "full"
+    with Run(config, workdir, resume=resume, profile=profile, show=show) as run:
+        if run.finished:
+            return run.results
+        results: dict[str, float] = {}
+        if config.planted.seeds:
+            results |= run.once("planted", partial(planted.study, config.planted.seeds))
+        params = model(run, s)
+        routers = train(run, s, params)
+        found = evaluation.examine(s, params, routers)
+        first(lambda: report.write(run, s, found, routers))
+        results |= found.numbers
+        for line in report.lines(results):
+            run.say(line)
+        run.summary(results)
+        return run.results
+
+
+def check(config: Any) -> None:
+    """UserError for settings that can't work, before anything is read."""
+    r, decode, loss = config.router, config.decode, config.loss
+    cfg, grid = setting.geometry(config), setting.grid_of(config)
+    setting.branches_of(config, cfg)
+    setting.plan_of(config)
+    least = (
+        ("steps", config.steps, 0),
+        ("router.batch", r.batch, 1),
+        ("router.micro_batches", r.micro_batches, 1),
+        ("router.intervals", r.intervals, 1),
+        ("router.chunk", r.chunk, 0),
+        ("eval.n", config.eval.n, 1),
+        ("pretrain.steps", config.pretrain.steps, 0),
+        ("pretrain.batch", config.pretrain.batch, 1),
+        ("planted.seeds", config.planted.seeds, 0),
+    )
+    for name, value, low in least:
+        if value < low:
+            raise UserError(f"{name}={value}; use {low} or more")
+    if r.batch % r.micro_batches:
+        raise UserError(
+            f"router.micro_batches={r.micro_batches} does not divide router.batch={r.batch}; use a divisor"
+        )
+    if r.chunk and cfg.heads % r.chunk:
+        raise UserError(f"router.chunk={r.chunk} does not divide {cfg.heads} heads; use a divisor")
+    if r.without and r.without not in router.BRANCHES:
+        raise UserError(f"router.without={r.without!r} is not one of {', '.join(router.BRANCHES)}")
+    if loss.target not in objective.TARGETS:
+        raise UserError(f"loss.target={loss.target!r}: {' or '.join(objective.TARGETS)}")
+    if loss.power not in (1, 2):
+        raise UserError(f"loss.power={loss.power}: 1 or 2")
+    numbers = [(f"loss.{k}", loss[k]) for k in ("diff", "reg", "last", "hidden", "rebalance")]
+    numbers += [(f"router.{k}", r[k]) for k in ("lr", "weight_decay", "max_grad_norm")]
+    for name, value in numbers:
+        if not (0 <= value < math.inf):
+            raise UserError(f"{name}={value}; use a number from 0 up")
+    for tau in (decode.tau, *decode.taus):
+        if not 0 <= tau <= 1:
+            raise UserError(f"decode.tau={tau} must be in [0, 1]")
+    if unknown := sorted(set(decode.controls) - set(evaluation.CONTROLS)):
+        raise UserError(
+            f"decode.controls={', '.join(unknown)}: {', '.join(evaluation.CONTROLS)} are known"
+        )
+    if not config.steps and not r.path:
+        raise UserError("steps=0 without router.path: there are no routers to evaluate")
+    if max(grid.size) > getattr(cfg, "positions", max(grid.size)):
+        raise UserError(f"grid.size={grid.size} exceeds the model's {cfg.positions} positions")
+
+
+def model(run: Run, s: Setting) -> Any:
+    """The video model: of model.path, of the cache, or pre-trained now and put there."""
+    if s.config.model.path:
+        return load(s, locate.model(s.config.model.path))
+    folder = setting.kept_at(s)
+    if first(folder.is_dir):
+        run.say(f"pretrain: taken from {folder}")
+        return load(s, folder)
+    section = s.config.pretrain
+    state, step = setting.dense_step(run, s)
+    data = setting.data(s.config, s.cfg, "train", batch=section.batch, seed=section.seed)
+    for i in run.steps(state, section.steps):
+        batch = data[i]
+        key = step_key(section.seed, "pretrain", i)  # not the run's seed: its arms share the model
+        state, metrics = step(state, (setting.rows_of(s, batch.arrays), key))
+        run.log(i, metrics, ids=batch.ids)
+        run.save(i, state)
+    kept = sharding.fetch(state.params)
+
+    def keep() -> None:
+        if not folder.is_dir():  # another run may have been first
+            video_files.save(folder, kept, s.cfg)
+
+    first(keep)
+    return state.params
+
+
+def load(s: Setting, folder: Any) -> Any:
+    """The frozen model of a folder, in the dtype it computes in."""
+    return video_files.load(folder, s.cfg, dtype=s.cfg.dtype, shardings=s.model_at)
+
+
+def train(run: Run, s: Setting, params: Any) -> Any:
+    """Routers after `steps` updates, from random ones or from router.path."""
+    config, section = s.config, s.config.router
+
+    def begin() -> Any:
+        if section.path:
+            return router_files.load(section.path, s.cfg, shardings=s.router_at)
+        return router.init(jax.random.key(config.seed), s.cfg)
+
+    if not config.steps:
+        return begin()
+    state, step = setting.router_step(run, s, begin)
+    data = setting.data(config, s.cfg, "train", batch=section.batch, seed=config.seed)
+    for i in run.steps(state, config.steps):
+        batch = data[i]
+        state, metrics = step(state, (params, setting.rows_of(s, batch.arrays), run.key(i)))
+        run.log(i, metrics, ids=batch.ids)
+        run.save(i, state)
+    return state.params
+
+
+# After training, and before it -------------------------------------------------------------------
+
+
+def trained(config: Any, workdir: Any) -> tuple[Setting, Any, Any]:
+    """The setting, the model and the last routers of a run."""
+    s = setting.prepare(config)
+    params = load(s, locate.model(config.model.path) if config.model.path else setting.kept_at(s))
+    if not config.steps:
+        return s, params, router_files.load(config.router.path, s.cfg, shardings=s.router_at)
+    target = router.abstract(s.cfg)
+    return s, params, checkpoint.load(workdir, target, stage=STAGE, shardings=s.router_at)
+
+
+def evaluate(
+    config: Any, workdir: Any, *, split: str = "test", n: int | None = None
+) -> dict[str, float]:
+    """The numbers of a trained run, on n test videos."""
+    if split != "test":
+        raise UserError(f"split {split!r}: routers are evaluated on test")
+    if n is not None:
+        with config.unlocked():
+            config.eval.n = n
+    return evaluation.examine(*trained(config, workdir)).numbers
+
+
+def plan(config: Any) -> memory.Plan:
+    """Shapes of a router step, for --dry_run; touches no file, network or device."""
+    check(config)
+    cfg, grid, section = setting.geometry(config), setting.grid_of(config), config.router
+    mesh = sharding.abstract_mesh(config.mesh)
+    at = {
+        name: sharding.shard_tree(axes, shapes, mesh)
+        for name, axes, shapes in (
+            ("model", video_dit.axes(cfg), video_dit.abstract(cfg)),
+            ("router", router.axes(cfg), router.abstract(cfg)),
+        )
+    }
+    params = {
+        "model": memory.sharded(stored(cfg), at["model"]),
+        "router": memory.sharded(router.abstract(cfg), at["router"]),
+    }
+    rule = setting.optimizer(section)
+    state = jax.eval_shape(partial(init_state, optimizer=rule), router.abstract(cfg))
+    number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    b = section.batch
+    batch = {"latents": number(b, *setting.latent_shape(cfg, grid)), "t": number(b)}
+    parts = sharding.row_parts(mesh) * mesh.shape["sequence"]
+    rows = -(-b // section.micro_batches)
+    return memory.Plan(
+        params=params,
+        opt=memory.sharded(state.opt, state_shardings(state, at["router"], mesh).opt),
+        trainable="router/.*",
+        activations=activations(cfg, grid, rows, section.chunk or cfg.heads, parts),
+        batch=memory.sharded(batch, sharding.batch_sharding(mesh, batch)),
+        mesh=mesh,
+        stage=STAGE,
+    )
+
+
+def stored(cfg: Any) -> Any:
+    """Shapes of the frozen model in the dtype it computes in."""
+    dtype = jnp.dtype(cfg.dtype)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), video_dit.abstract(cfg))
+
+
+def activations(cfg: Any, grid: Any, rows: int, heads: int, parts: int) -> dict[str, Any]:
+    """What a mixture step keeps: block inputs, one block, and three branches of `heads` heads."""
+    tokens = -(-rows * grid.length // parts)
+    dtype = jnp.dtype(cfg.dtype)
+    shape = lambda *s: jax.ShapeDtypeStruct(s, dtype)
+    branch = shape(4, tokens, heads, cfg.head_dim)
+    return {
+        "block inputs": shape(cfg.layers, tokens, cfg.d),
+        "one block": shape(tokens, 8 * cfg.d + 2 * cfg.ffn),
+        "branches": [branch] * 3,
+    }
