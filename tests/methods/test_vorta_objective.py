@@ -165,6 +165,7 @@ def test_each_video_has_its_own_time_and_rule(wan):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), slope, together)
 
 
+@pytest.mark.slow
 def test_heads_in_chunks_and_blocks_computed_again_give_the_same(wan):
     r, params, batch, ((total, _), (slope, _)) = wan
     (other, _), (again, _) = wan_loss(r, params, batch, replace(WAN, remat="full"), 1)

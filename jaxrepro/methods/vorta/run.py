@@ -58,7 +58,8 @@ def run(
         params = model(run, s)
         routers = train(run, s, params)
         found = evaluation.examine(s, params, routers)
-        first(lambda: report.write(run, s, found, routers))
+        kept = sharding.fetch(routers)
+        first(lambda: report.write(run, s, found, kept))
         results |= found.numbers
         for line in report.lines(results):
             run.say(line)

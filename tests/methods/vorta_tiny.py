@@ -1,0 +1,45 @@
+"""Helper: VORTA at its smallest, compiled fast and each program once."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from jaxrepro import config as configuration
+from jaxrepro.methods.vorta import setting
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import compiled
+
+SHAPE = dataclasses.replace(
+    setting.SHAPES["small"], heads=2, head_dim=12, layers=1, ffn=16, frequencies=16
+)
+SETTINGS = {
+    "steps": 4,
+    "grid.size": (2, 4, 4),
+    "grid.tile": (1, 2, 2),
+    "grid.window": (1, 1, 1),
+    "pretrain.steps": 2,
+    "pretrain.batch": 4,
+    "pretrain.warmup": 1,
+    "model.remat": "none",
+    "decode.steps": 2,
+    "decode.taus": (),
+    "decode.controls": ("random", "static"),
+    "eval.n": 2,
+    "planted.seeds": 0,
+    "checkpoint.every": 2,
+    "log.tensorboard": False,
+    "log.curves": False,
+}
+
+
+def config(cache, **changes):
+    """The config of size tiny with SETTINGS and its own cache; `loss__reg=0.0` sets loss.reg."""
+    changes = {k.replace("__", "."): v for k, v in changes.items()}
+    own = {"pretrain.cache": str(cache)}
+    return configuration.load("configs/vorta.py:tiny", SETTINGS | own | changes)
+
+
+def small(folder):
+    """A small model under the name of its shape, quick compilation, programs cached in `folder`."""
+    return compiled.small(folder, (setting.SHAPES, "small", SHAPE))
