@@ -47,7 +47,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     model.path = config_dict.placeholder(str)  # diffusers folder or hub name; else it is trained
     model.shape = "small"  # small, medium: trained here; hunyuan, wan_14b, wan_1_3b: for --dry_run
     model.dtype = "float32"
-    model.remat = "full"  # a block's mixture is computed again for the gradient
+    model.remat = "none"  # full: a block's mixture is computed again for the gradient
 
     config.grid = grid = ConfigDict()  # in tokens along frames, height, width
     grid.size = (8, 6, 12)  # 576 tokens
@@ -115,7 +115,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
 
     if size == "tiny":
         return config
-    config.model.dtype = "bfloat16"
+    config.model.dtype, config.model.remat = "bfloat16", "full"
     if size == "gpu":
         # 90 million parameters on longer videos of the same shapes
         config.model.shape = "medium"

@@ -12,7 +12,7 @@ numbers are about 0.02, steps of 1e-2 become smaller than what bfloat16 resolves
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -105,10 +105,11 @@ def _open(without: Sequence[str]) -> np.ndarray:
     return np.array([name not in without for name in BRANCHES])
 
 
+@lru_cache(maxsize=64)
 def branches(
     cfg: Config, *, coarse: str = "coreset", shared: bool | None = None
 ) -> tuple[Callable[..., Array], ...]:
-    """Full, coarse and sliding attention as `ops.routed` takes them.
+    """Full, coarse and sliding attention as `ops.routed` takes them; equal arguments give the same objects.
 
     coarse: of `COARSE`; all but coreset are comparisons. shared: whether keys follow the match of the queries (None:
     as in the official code, yes for Wan 2.1, no for HunyuanVideo).
