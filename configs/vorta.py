@@ -117,7 +117,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         return config
     config.model.dtype, config.model.remat = "bfloat16", "full"
     if size == "gpu":
-        # 90 million parameters on longer videos of the same shapes
+        # 82 million parameters on longer videos of the same shapes
         config.model.shape = "medium"
         config.grid.update(dict(size=(16, 24, 24), tile=(4, 4, 4), bucket=(2, 3, 2)))
         config.pretrain.update(dict(steps=4000, batch=32, lr=3e-4, warmup=200))
