@@ -124,7 +124,7 @@ def decode(
 ) -> UInt8[np.ndarray, "b frames rows columns rgb"]:
     """Pictures of the latents of a diffusion model (`hunyuan` or `wan`) through its VAE.
 
-    folder: that of the VAE, of the pipeline above it, or its name on the hub; safetensors only. f latent frames
+    folder: that of the VAE, of the pipeline above it, or the pipeline's name on the hub; safetensors only. f latent frames
     give 4 (f - 1) + 1 pictures of 8 h x 8 w pixels. tiled: in overlapping pieces, for less memory.
     """
     if model not in VAES:
@@ -151,11 +151,9 @@ def decode(
     pictures = []
     with torch.inference_mode():
         for video in torch.from_numpy(x).split(1):
-            y = vae.decode(video.to(vae.device, vae.dtype)).sample[
-                0
-            ]  # (rgb, frames, rows, columns)
+            y = vae.decode(video.to(vae.device, vae.dtype)).sample[0]
             pictures.append(((y.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy())
-    return np.moveaxis(np.stack(pictures), 1, -1)
+    return np.moveaxis(np.stack(pictures), 1, -1)  # from (b, rgb, frames, rows, columns)
 
 
 def _diffusers(name: str) -> tuple[Any, Any]:
