@@ -28,6 +28,7 @@ from jaxrepro.models.params import Param, stacked
 from jaxrepro.models.transformer import REMAT, SHALLOW, rms_norm
 from jaxrepro.models.video_parts import (
     ACTIVATION,
+    Around,
     Attend,
     Aux,
     Condition,
@@ -38,6 +39,7 @@ from jaxrepro.models.video_parts import (
     check,
     check_numbers,
     chunks,
+    compute,
     full,
     gelu,
     grid_of,
@@ -46,6 +48,7 @@ from jaxrepro.models.video_parts import (
     modulate,
     normalise,
     patchify,
+    results,
     rope_tables,
     rotate,
     sinusoid,
@@ -222,32 +225,39 @@ def _feed(x, w, cfg, shift, scale, gate):
     return add(x, gate, two_layers(modulate(x, shift, scale, cfg.eps), w, gelu))
 
 
-def _dual(x, y, w, cfg, e, cos, sin, see):
-    """A dual block: video x and text y after it."""
+def _dual(x, y, w, cfg, e, cos, sin, see, through):
+    """A dual block: video x and text y after it, and the state."""
     a, b = w["video"], w["text"]
     s_1, c_1, g_1, s_2, c_2, g_2 = chunks(affine(e, a["mod"]))
     u_1, d_1, h_1, u_2, d_2, h_2 = chunks(affine(e, b["mod"]))
-    video = _heads(a, cfg, modulate(x, s_1, c_1, cfg.eps), cos, sin)
-    text = _heads(b, cfg, modulate(y, u_1, d_1, cfg.eps))
-    o = see(*(jnp.concatenate(pair, 1) for pair in zip(video, text)))
     n = x.shape[1]
-    x = add(x, g_1, affine(o[:, :n], a["o"], inputs=2))
-    y = add(y, h_1, affine(o[:, n:], b["o"], inputs=2))
-    x, y = checkpoint_name((x, y), "mlp_in")
-    return _feed(x, a, cfg, s_2, c_2, g_2), _feed(y, b, cfg, u_2, d_2, h_2)
+
+    def module():
+        video = _heads(a, cfg, modulate(x, s_1, c_1, cfg.eps), cos, sin)
+        text = _heads(b, cfg, modulate(y, u_1, d_1, cfg.eps))
+        o = see(*(jnp.concatenate(pair, 1) for pair in zip(video, text)))
+        return affine(o[:, :n], a["o"], inputs=2), affine(o[:, n:], b["o"], inputs=2)
+
+    (p, r), state = through(module)
+    x, y = checkpoint_name((add(x, g_1, p), add(y, h_1, r)), "mlp_in")
+    return _feed(x, a, cfg, s_2, c_2, g_2), _feed(y, b, cfg, u_2, d_2, h_2), state
 
 
-def _single(z, w, cfg, e, cos, sin, see):
-    """A single block on z = [video; text]."""
+def _single(z, w, cfg, e, cos, sin, see, through):
+    """A single block on z = [video; text], and the state."""
     shift, scale, gate = chunks(affine(e, w["mod"]))
     y = modulate(z, shift, scale, cfg.eps)
-    o = see(*_heads(w, cfg, y, cos, sin))
-    o = o.reshape(*o.shape[:2], -1)
+
+    def module():
+        o = see(*_heads(w, cfg, y, cos, sin))
+        return (o.reshape(*o.shape[:2], -1),)
+
+    (o,), state = through(module)
     n = o.shape[-1]
     m = gelu(affine(y, w["fc1"]))
     kernel = w["out"]["kernel"]
     both = dense(o, kernel[:n]) + dense(m, kernel[n:]) + w["out"]["bias"].astype(z.dtype)
-    return add(z, gate, both)
+    return add(z, gate, both), state
 
 
 def apply(
@@ -260,10 +270,13 @@ def apply(
     attend: Attend = full,
     layout: Layout | None = None,
     collect: Callable[[Array, Array, Array], Any] | None = None,
-) -> Float[Array, "b c2 frames rows columns"] | tuple[Array, Any]:
+    around: Around | None = None,
+    state: Any = None,
+) -> Float[Array, "b c2 frames rows columns"] | tuple[Array, Any] | tuple[Array, Any, Any]:
     """The velocity (float32) of noisy latents at time t in 0 .. 1000.
 
     With `collect(video, text, layer)`, called behind each block, also its results, stacked over all blocks.
+    With `around(module, layer, state)`, called for each attention module, at last the state behind all blocks.
     UserError for latents that the patch does not divide, and for a condition that the model does not have.
     """
     grid = grid_of(latents.shape, cfg.patch)
@@ -286,32 +299,36 @@ def apply(
 
         return call
 
+    def through(layer, state):
+        return lambda module: (around or compute)(module, layer, state)
+
     def out(x, y, layer):
         return None if collect is None else collect(x, y, layer)
 
     def dual(carry, each):
-        w, layer = each
-        x, y = _dual(*carry, w, cfg, e, cos, sin, see(layer))
-        return (x, y), out(x, y, layer)
+        (x, y, state), (w, layer) = carry, each
+        x, y, state = _dual(x, y, w, cfg, e, cos, sin, see(layer), through(layer, state))
+        return (x, y, state), out(x, y, layer)
 
-    def single(z, each):
-        w, layer = each
-        z = _single(z, w, cfg, e, *still, see(layer))
-        return z, out(z[:, :n], z[:, n:], layer)
+    def single(carry, each):
+        (z, state), (w, layer) = carry, each
+        z, state = _single(z, w, cfg, e, *still, see(layer), through(layer, state))
+        return (z, state), out(z[:, :n], z[:, n:], layer)
 
     if cfg.remat != "none":
         dual, single = (jax.checkpoint(f, policy=REMAT[cfg.remat]) for f in (dual, single))
     layer = jnp.arange(cfg.layers)
     first, rest = layer[: cfg.double], layer[cfg.double :]
-    (x, y), some = jax.lax.scan(
-        dual, (x, y), (params["double"], first), unroll=cfg.double <= SHALLOW
+    (x, y, state), some = jax.lax.scan(
+        dual, (x, y, state), (params["double"], first), unroll=cfg.double <= SHALLOW
     )
     z = jnp.concatenate([x, y], 1)
-    z, more = jax.lax.scan(single, z, (params["single"], rest), unroll=cfg.single <= SHALLOW)
+    (z, state), more = jax.lax.scan(
+        single, (z, state), (params["single"], rest), unroll=cfg.single <= SHALLOW
+    )
     x = z[:, :n] if layout is None else z[:, jnp.asarray(layout.inverse)]
     scale, shift = chunks(affine(e, params["mod"]))
     x = affine(modulate(x, shift, scale, cfg.eps), params["out"]).astype(jnp.float32)
     x = unpatchify(x, grid, cfg.patch, channels=CHANNELS)
-    if collect is None:
-        return x
-    return x, jax.tree.map(lambda *a: jnp.concatenate(a), some, more)
+    some = jax.tree.map(lambda *a: jnp.concatenate(a), some, more)
+    return results(x, collect, some, around, state)

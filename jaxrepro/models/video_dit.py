@@ -18,10 +18,10 @@ from jaxrepro.models import hunyuan_video, wan
 from jaxrepro.models import params as declarations
 from jaxrepro.models.hunyuan_video import HunyuanVideoConfig
 from jaxrepro.models.params import initialise, shapes
-from jaxrepro.models.video_parts import Attend, Aux, Condition, Layout, full
+from jaxrepro.models.video_parts import Around, Attend, Aux, Condition, Layout, compute, full
 from jaxrepro.models.wan import WanConfig
 
-__all__ = ["Attend", "Aux", "Condition", "Layout", "full"]
+__all__ = ["Around", "Attend", "Aux", "Condition", "Layout", "compute", "full"]
 
 Config = HunyuanVideoConfig | WanConfig
 PRESETS: dict[str, Config] = {
@@ -93,14 +93,26 @@ def apply(
     attend: Attend = full,
     layout: Layout | None = None,
     collect: Callable[[Array, Array | None, Array], Any] | None = None,
-) -> Float[Array, "b c2 frames rows columns"] | tuple[Array, Any]:
+    around: Around | None = None,
+    state: Any = None,
+) -> Float[Array, "b c2 frames rows columns"] | tuple[Array, Any] | tuple[Array, Any, Any]:
     """The velocity (float32) of noisy latents at time t.
 
     attend(q, k, v, layer, aux): how tokens see each other (default: all of them).
     layout: the order of video tokens that it wants.
     collect(video, text, layer): called behind each block; its results come second, stacked over the blocks.
+    around(module, layer, state): called for each attention module; what it makes of `state` comes last.
     """
     model = module(cfg)
     return model.apply(
-        params, cfg, latents, t, condition, attend=attend, layout=layout, collect=collect
+        params,
+        cfg,
+        latents,
+        t,
+        condition,
+        attend=attend,
+        layout=layout,
+        collect=collect,
+        around=around,
+        state=state,
     )

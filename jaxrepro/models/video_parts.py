@@ -6,6 +6,11 @@ A model calls `attend(q, k, v, layer, aux)` once a block and knows nothing of ho
 `aux.length` of each row are valid. `layer` counts the blocks from 0 and is a traced integer, so that it may
 index a table. What comes back has the shape of q; rows of padding are 0.
 
+Around it lies the attention module: projections to q, k and v, norms, rotation, attention, and the projection of its
+output where the model has one. A model calls `around(module, layer, state)` once a block, and `module()` computes the
+module's outputs: (video, text) in a block that keeps them apart, else one array of all tokens; each (b, tokens, d).
+Whoever has the outputs from elsewhere need not call it. `state` is handed from block to block.
+
 Video tokens are in raster order (frame, row, column), the column fastest, unless a `Layout` says otherwise.
 Everything but attention works token by token, so the order is changed once behind the patch embedding and
 once before the output.
@@ -65,6 +70,8 @@ class Aux(NamedTuple):
 
 
 Attend = Callable[[Array, Array, Array, Array, Aux], Array]
+Outputs = tuple[Array, ...]  # of an attention module
+Around = Callable[[Callable[[], Outputs], Array, Any], tuple[Outputs, Any]]
 
 
 def full(
@@ -77,6 +84,12 @@ def full(
     """Attention of every token to every token."""
     del layer
     return attend_joint(q, k, v, q.shape[1] - aux.text, aux.length)
+
+
+def compute(module: Callable[[], Outputs], layer: Any, state: Any) -> tuple[Outputs, Any]:
+    """The attention module's outputs, computed."""
+    del layer
+    return module(), state
 
 
 # --- declarations -----------------------------------------------------------------------------
@@ -244,6 +257,12 @@ def unpatchify(
     else:
         x = x.reshape(x.shape[0], f, h, w, p, q, r, -1).transpose(0, 7, 1, 4, 2, 5, 3, 6)
     return x.reshape(*x.shape[:2], f * p, h * q, w * r)
+
+
+def results(velocity: Array, collect: Any, some: Any, around: Any, state: Any) -> Any:
+    """What `apply` returns: the velocity, and beside it what the given hooks made."""
+    more = (some,) * (collect is not None) + (state,) * (around is not None)
+    return (velocity, *more) if more else velocity
 
 
 def arrange(

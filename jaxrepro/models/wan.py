@@ -26,6 +26,7 @@ from jaxrepro.models.params import Param, stacked
 from jaxrepro.models.transformer import REMAT, SHALLOW
 from jaxrepro.models.video_parts import (
     ACTIVATION,
+    Around,
     Attend,
     Aux,
     Condition,
@@ -36,6 +37,7 @@ from jaxrepro.models.video_parts import (
     check,
     check_numbers,
     chunks,
+    compute,
     full,
     gelu,
     grid_of,
@@ -44,6 +46,7 @@ from jaxrepro.models.video_parts import (
     modulate,
     normalise,
     patchify,
+    results,
     rope_tables,
     rotate,
     sinusoid,
@@ -148,18 +151,22 @@ def _heads(w, cfg, y, source):
     return q, k, affine(source, w["v"])
 
 
-def _block(x, w, cfg, m, text, cos, sin, see):
-    """One block."""
+def _block(x, w, cfg, m, text, cos, sin, see, through):
+    """One block, and the state."""
     s_1, c_1, g_1, s_2, c_2, g_2 = chunks(m + w["table"].astype(jnp.float32))
-    y = modulate(x, s_1, c_1, cfg.eps)
-    q, k, v = _heads(w["attn"], cfg, y, y)
-    x = add(
-        x, g_1, affine(see(rotate(q, cos, sin), rotate(k, cos, sin), v), w["attn"]["o"], inputs=2)
-    )
+
+    def module():
+        y = modulate(x, s_1, c_1, cfg.eps)
+        q, k, v = _heads(w["attn"], cfg, y, y)
+        o = see(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return (affine(o, w["attn"]["o"], inputs=2),)
+
+    (o,), state = through(module)
+    x = add(x, g_1, o)
     y = normalise(x, cfg.eps) * w["cross_norm"]["scale"] + w["cross_norm"]["bias"]
     o = attend_prefix(*_heads(w["cross"], cfg, y.astype(x.dtype), text))
     x = checkpoint_name(x + affine(o, w["cross"]["o"], inputs=2), "mlp_in")
-    return add(x, g_2, two_layers(modulate(x, s_2, c_2, cfg.eps), w, gelu))
+    return add(x, g_2, two_layers(modulate(x, s_2, c_2, cfg.eps), w, gelu)), state
 
 
 def apply(
@@ -172,10 +179,13 @@ def apply(
     attend: Attend = full,
     layout: Layout | None = None,
     collect: Callable[[Array, None, Array], Any] | None = None,
-) -> Float[Array, "b c2 frames rows columns"] | tuple[Array, Any]:
+    around: Around | None = None,
+    state: Any = None,
+) -> Float[Array, "b c2 frames rows columns"] | tuple[Array, Any] | tuple[Array, Any, Any]:
     """The velocity (float32) of noisy latents at time t in 0 .. 1000.
 
     With `collect(video, None, layer)`, called behind each block, also its results, stacked over all blocks.
+    With `around(module, layer, state)`, called for each attention module, at last the state behind all blocks.
     UserError for latents that the patch does not divide, or larger than `positions`, and for a condition that the
     model does not have.
     """
@@ -196,23 +206,26 @@ def apply(
     x = constrain(x, *ACTIVATION)
     aux = Aux(grid, 0)
 
-    def block(x, each):
-        w, layer = each
+    def block(carry, each):
+        (x, state), (w, layer) = carry, each
 
         def see(q, k, v):
             q, k, v = checkpoint_name((q, k, v), "qkv")
             return checkpoint_name(attend(q, k, v, layer, aux), "attn_out")
 
-        x = _block(x, w, cfg, m, text, cos, sin, see)
-        return x, None if collect is None else collect(x, None, layer)
+        def through(module):
+            return (around or compute)(module, layer, state)
+
+        x, state = _block(x, w, cfg, m, text, cos, sin, see, through)
+        return (x, state), None if collect is None else collect(x, None, layer)
 
     if cfg.remat != "none":
         block = jax.checkpoint(block, policy=REMAT[cfg.remat])
     each = (params["layers"], jnp.arange(cfg.layers))
-    x, some = jax.lax.scan(block, x, each, unroll=cfg.layers <= SHALLOW)
+    (x, state), some = jax.lax.scan(block, (x, state), each, unroll=cfg.layers <= SHALLOW)
     if layout is not None:
         x = x[:, jnp.asarray(layout.inverse)]
     shift, scale = chunks(e[:, :, None] + params["table"].astype(jnp.float32))
     x = affine(modulate(x, shift, scale, cfg.eps), params["out"]).astype(jnp.float32)
     x = unpatchify(x, grid, cfg.patch, channels=CHANNELS)
-    return x if collect is None else (x, some)
+    return results(x, collect, some, around, state)

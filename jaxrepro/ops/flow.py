@@ -173,6 +173,12 @@ def both(given: Any, empty: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), given, empty)
 
 
+def guide(v: Float[Array, "b2 ..."], scale: float | Array) -> Float[Array, "b ..."]:
+    """v_empty + scale (v_given - v_empty), float32, of the velocities of `both`."""
+    given, empty = jnp.split(v.astype(jnp.float32), 2)
+    return empty + scale * (given - empty)
+
+
 def guided(
     velocity: Callable[[Array, Array, Array], Array], scale: float
 ) -> Callable[[Array, Array, Array], Array]:
@@ -184,7 +190,6 @@ def guided(
 
     def call(x, t, i):
         twice = lambda a: jnp.concatenate([a, a])
-        given, empty = jnp.split(velocity(twice(x), twice(t), i).astype(jnp.float32), 2)
-        return empty + scale * (given - empty)
+        return guide(velocity(twice(x), twice(t), i), scale)
 
     return call
