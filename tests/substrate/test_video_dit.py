@@ -293,11 +293,15 @@ def test_attention_is_the_callers_and_its_layer_is_data(model):
             return table[layer] * video_dit.full(q, k, v, layer, aux)
 
         keep = lambda x, y, layer: layer
-        return video_dit.apply(params, cfg, x, t, c, attend=attend, collect=keep)
+        around = lambda module, layer, state: (module(), 10 * state + layer)
+        return video_dit.apply(
+            params, cfg, x, t, c, attend=attend, collect=keep, around=around, state=jnp.array(1)
+        )
 
-    v, layers = run(jnp.ones(cfg.layers), params, x, t, c)
+    v, layers, state = run(jnp.ones(cfg.layers), params, x, t, c)
     np.testing.assert_allclose(v, velocity(cfg, params, x, t, c), atol=2e-5)
     assert layers.tolist() == list(range(cfg.layers))
+    assert state == 101  # 1, then the modules of layers 0 and 1 in turn
     last = run(jnp.ones(cfg.layers).at[-1].set(0), params, x, t, c)[0]
     assert len(traced) == 1 and jnp.abs(v - last).max() > 1e-3
     text = SLOTS if cfg is HUNYUAN else 0
