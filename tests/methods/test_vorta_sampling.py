@@ -1,0 +1,109 @@
+"""Sampling with hard routes: one program, data decide; dense sampling, guidance, rows of their own, few steps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from vorta_walks import GRID, HUNYUAN, WAN, condition, drawn, noise
+
+from jaxrepro.config import UserError
+from jaxrepro.methods.vorta import sampling
+from jaxrepro.models import video_dit
+from jaxrepro.models.video_dit import Condition
+from jaxrepro.ops import flow, routed
+
+
+def test_one_program_serves_all_tables_times_and_scales_and_zeros_are_the_dense_model():
+    traced = []
+
+    def counted(f):
+        @functools.wraps(f)
+        def call(*a, **k):
+            traced.append(f.__name__)
+            return f(*a, **k)
+
+        return call
+
+    branches = tuple(counted(f) for f in routed.BRANCHES)
+    params, x, given, empty = drawn(WAN), noise(1), condition(WAN, 1), condition(WAN, 1, seed=7)
+    run = functools.partial(
+        sampling.sample, params, WAN, x, given, grid=GRID, empty=empty, branches=branches, chunk=1
+    )
+    zeros = np.zeros((3, WAN.layers, WAN.heads), int)
+    plan = flow.unipc(steps=3, shift=5.0)
+    dense = run(zeros, plan, scale=5.0)
+    before = len(traced)
+    assert before > 0
+    late = zeros.copy()
+    late[2, 0, 1] = 2  # one head of one block of the last step
+    others = [
+        run(late, plan, scale=5.0),
+        run(zeros + 1, plan, scale=5.0),
+        run(zeros, flow.unipc(steps=3, shift=3.0), scale=5.0),
+        run(zeros, plan, scale=2.0),
+    ]
+    assert len(traced) == before  # no new trace, so no new compilation
+    for other in others:
+        assert jnp.abs(other - dense).max() > 1e-4
+
+    @jax.jit
+    def by_hand(x):
+        both = flow.both(given, empty)
+        field = lambda x, t, i: video_dit.apply(params, WAN, x, t, both)
+        return flow.sample(flow.guided(field, 5.0), x, plan)
+
+    want = by_hand(x)
+    np.testing.assert_allclose(dense, want, atol=3e-5 * float(jnp.abs(want).max()))
+
+
+def test_each_row_has_its_own_route_and_text_length():
+    params, plan = drawn(HUNYUAN), flow.euler(steps=4, shift=5.0, picks=flow.few(4, 2))
+    x, c = noise(2), condition(HUNYUAN, 2)
+    assert c.length.tolist() == [2, 3]
+    table = np.random.default_rng(0).integers(0, 3, (2, 2, HUNYUAN.layers, HUNYUAN.heads))
+    run = functools.partial(sampling.sample, params, HUNYUAN, plan=plan, grid=GRID, chunk=1)
+    whole = run(x, c, table=table)
+    for j in range(2):
+        alone = run(x[j : j + 1], jax.tree.map(lambda a: a[j : j + 1], c), table=table[:, [j]])  # noqa: B023
+        np.testing.assert_allclose(whole[j], alone[0], atol=3e-5 * float(jnp.abs(whole).max()))
+    # the text beyond a row's length is never read
+    padded = c._replace(text=c.text.at[0, 2:].set(jnp.nan))
+    np.testing.assert_array_equal(run(x, padded, table=table), whole)
+
+
+def test_keys_of_wan_follow_the_match_of_the_queries():
+    assert sampling.branches_of(WAN)[1].keywords == {"shared": True}
+    assert sampling.branches_of(HUNYUAN) == routed.BRANCHES
+    # the same objects every time: a new partial would be a new program
+    assert sampling.branches_of(WAN) is sampling.branches_of(video_dit.PRESETS["wan_14b"])
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            {"table": np.zeros((2, 1, 2), int)},
+            r"the table has shape \(2, 1, 2\): 3 steps, 1 blocks",
+        ),
+        ({"table": np.full((3, 1, 2), 3)}, "the table holds 3 to 3: branches are 0 to 2"),
+        ({"grid": None}, "needs `grid`"),
+        ({"scale": 5.0}, "needs both `empty`"),
+        ({"empty": Condition(jnp.zeros((1, 3, 12)))}, "needs both `empty`"),
+        ({"computes": np.ones(2, bool)}, r"computes has shape \(2,\): this sampling needs \(3,\)"),
+        ({"order": np.zeros((3, 2), int)}, r"order has shape \(3, 2\)"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(change, says):
+    arguments = {"table": np.zeros((3, 1, 2), int), "plan": flow.unipc(steps=3), "grid": GRID}
+    with pytest.raises(UserError, match=says) as error:
+        sampling.sample({}, WAN, noise(1), condition(WAN, 1), **(arguments | change))
+    assert "\n" not in str(error.value)
+
+
+def test_a_grid_of_other_latents_is_refused():
+    attend = sampling.hard(jnp.zeros((1, 2), int), GRID)
+    q = jnp.zeros((1, 6, 2, 4))
+    with pytest.raises(UserError, match=r"grid is \(4, 2, 2\), the latents have \(1, 2, 3\)"):
+        attend(q, q, q, 0, video_dit.Aux((1, 2, 3), 0))
