@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vorta_walks import HUNYUAN, WAN, condition, drawn, noise, tokens
 
@@ -26,6 +26,7 @@ def test_the_steps_that_compute_by_hand():
     assert three.astype(int).tolist() == [1, 0, 0, 1, 0, 0, 1]
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(0, 1000), min_size=1, max_size=8), st.integers(1, 4))
 def test_the_schedule_is_the_rule_of_the_hook_call_by_call(t, every):
     cache, want = None, []

@@ -87,7 +87,11 @@ def test_keys_of_wan_follow_the_match_of_the_queries():
             {"table": np.zeros((2, 1, 2), int)},
             r"the table has shape \(2, 1, 2\): 3 steps, 1 blocks",
         ),
-        ({"table": np.full((3, 1, 2), 3)}, "the table holds 3 to 3: branches are 0 to 2"),
+        (
+            {"table": np.full((3, 1, 2), 3)},
+            "the table holds 3 to 3: branches are whole numbers, 0 to 2",
+        ),
+        ({"table": np.ones((3, 1, 2))}, "the table holds 1.0 to 1.0: branches are whole"),
         ({"grid": None}, "needs `grid`"),
         ({"scale": 5.0}, "needs both `empty`"),
         ({"empty": Condition(jnp.zeros((1, 3, 12)))}, "needs both `empty`"),

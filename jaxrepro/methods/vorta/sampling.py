@@ -198,9 +198,9 @@ def _branch_table(table, shape, b):
         values = np.asarray(table)
     except jax.errors.TracerArrayConversionError:
         return table  # nothing is known of it while tracing
-    if values.min() < 0 or values.max() >= len(routed.Branch):
+    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= len(routed.Branch):
         raise UserError(
-            f"the table holds {values.min()} to {values.max()}: branches are 0 to {len(routed.Branch) - 1}"
+            f"the table holds {values.min()} to {values.max()}: branches are whole numbers, 0 to {len(routed.Branch) - 1}"
         )
     return values.astype(np.int32)
 
