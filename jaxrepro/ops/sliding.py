@@ -12,13 +12,20 @@ equal size (video_grid.py). HunyuanVideo at 720p has 250 tiles and 72 windows. T
 gathered, so that a key is copied as often as windows hold it (7.8 times there): callers bound the memory by
 the number of heads they give at once. Differentiable; the gradient of the gathers adds.
 
+`sliding` chooses between them and two kernels that read windows in place. Until a kernel's correctness has been
+recorded on its device it is experimental, and taken only by name.
+
 Rows are places of the layout of video_grid.py, then text slots; `text` says how many of these are valid.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxrepro.config import UserError
 from jaxrepro.ops.attention import attend, attend_joint, attend_prefix, hide_padding
 from jaxrepro.ops.video_grid import VideoGrid, rectangles
 
@@ -83,3 +90,91 @@ def _lengths(c, b, slots, text):
         return None
     text = jnp.full(b, slots) if text is None else text
     return (text[:, None] + c.lengths).ravel()
+
+
+def with_groups(
+    kernel: Callable[[Array, Array, Array, Array], Array],
+    q: Float[Array, "b s h i"],
+    k: Float[Array, "b s h i"],
+    v: Float[Array, "b s h i"],
+    grid: VideoGrid,
+    text: Int[Array, "b"] | None,
+) -> Float[Array, "b s h i"]:
+    """Sliding-tile attention whose video rows are kernel(q, k, v, valid text), which has no gradient of its own.
+
+    Text rows are dense attention; the gradient is that of the window groups, which compute the output again.
+    """
+    n = grid.length
+
+    @jax.custom_vjp
+    def video(q, k, v, valid):
+        return kernel(q, k, v, valid)
+
+    def forward(*arguments):
+        return video(*arguments), arguments
+
+    def backward(arguments, slope):
+        *qkv, valid = arguments
+        groups = lambda q, k, v: sliding_groups(q, k, v, grid, text=valid)[:, :n]
+        return *jax.vjp(groups, *qkv)[1](slope), None
+
+    video.defvjp(forward, backward)
+    valid = jnp.full(len(q), q.shape[1] - n) if text is None else text
+    o = video(q, k, v, valid.astype(jnp.int32))
+    if q.shape[1] == n:
+        return o
+    return jnp.concatenate([o, attend_joint(q[:, n:], k, v, n, text)], axis=1)
+
+
+KERNELS = ("auto", "groups", "reference", "mosaic", "tpu")
+
+
+def sliding(
+    q: Float[Array, "b s h i"],
+    k: Float[Array, "b s h i"],
+    v: Float[Array, "b s h i"],
+    grid: VideoGrid,
+    *,
+    text: Int[Array, "b"] | None = None,
+    kernel: str = "auto",
+) -> Float[Array, "b s h i"]:
+    """Sliding-tile attention by the kernel of that name; "auto" is the window groups on every device.
+
+    "mosaic" (Hopper GPUs) and "tpu" are experimental: neither has run on its device. UserError where a kernel
+    cannot run.
+    """
+    if kernel not in KERNELS:
+        raise UserError(f"kernel={kernel!r} must be one of {', '.join(KERNELS)}")
+    if kernel in ("auto", "groups"):
+        f = sliding_groups
+    elif kernel == "reference":
+        f = sliding_reference
+    else:
+        f = _experimental(kernel)
+    return f(q, k, v, grid, text=text)
+
+
+def _experimental(kernel):
+    """A kernel, imported late: Pallas takes a second, and older versions of jax lack parts of it."""
+    device = jax.local_devices()[0]
+    try:
+        if kernel == "tpu":
+            if device.platform != "tpu":
+                raise UserError(
+                    f"kernel='tpu' needs a TPU, not {device.platform}; take kernel='auto'"
+                )
+            from jaxrepro.ops.sliding_tpu import sliding_tpu
+
+            return sliding_tpu
+        capability = str(getattr(device, "compute_capability", "none"))
+        if device.platform != "gpu" or not capability.startswith("9."):
+            raise UserError(
+                f"kernel='mosaic' needs a GPU of compute capability 9.x, not {device.device_kind} ({capability}); "
+                "take kernel='auto'"
+            )
+        from jaxrepro.ops.sliding_mosaic import sliding_mosaic
+    except (ImportError, AttributeError) as e:
+        raise UserError(
+            f"kernel={kernel!r} needs jax 0.10.2 or newer ({e}); take kernel='auto'"
+        ) from e
+    return sliding_mosaic

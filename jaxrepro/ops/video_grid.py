@@ -246,20 +246,64 @@ def buckets(grid: VideoGrid) -> Buckets:
     return Buckets(slots, place, _fixed(kept), rows, _fixed(back), contiguous, bool(exists.all()))
 
 
+class Window(NamedTuple):
+    """Query tiles that see one box of tiles; sorted places of the layout."""
+
+    queries: np.ndarray  # (t,) of their tokens
+    keys: np.ndarray  # (s,) of the tokens of the box
+    tiles: int  # how many query tiles
+
+
+def shared_windows(grid: VideoGrid) -> list[Window]:
+    """Every window once, with all tokens that see it."""
+    at = grid.inverse.reshape(grid.size)
+    box = lambda spans: np.sort(
+        at[tuple(slice(r.start * t, r.stop * t) for r, t in zip(spans, grid.tile))].ravel()
+    )
+    found = []
+    for windows in itertools.product(*grid.windows()):
+        queries, keys = zip(*windows)
+        found.append(Window(box(queries), box(keys), math.prod(map(len, queries))))
+    return found
+
+
+class Items(NamedTuple):
+    """Query rows in the order of their windows, in items of equally many rows of one window."""
+
+    windows: list[Window]  # neighbours share keys
+    queries: np.ndarray  # (r,) place of each row; rows past the end of a window repeat place 0
+    back: np.ndarray  # (S,) the row of each place
+    window: np.ndarray  # (items,) the window of each
+
+
+@lru_cache(maxsize=64)
+def items(grid: VideoGrid, rows: int) -> Items:
+    """Every query of a grid in items of `rows` rows, for kernels that read keys where they lie."""
+    windows = sorted(shared_windows(grid), key=lambda w: int(w.keys[0]))
+    back = np.empty(grid.length, np.int64)
+    queries, window = [], []
+    for g, one in enumerate(windows):
+        back[one.queries] = rows * len(window) + np.arange(len(one.queries))
+        queries.append(np.pad(one.queries, (0, -len(one.queries) % rows)))
+        window += [g] * (len(queries[-1]) // rows)
+    return Items(windows, _fixed(np.concatenate(queries)), _fixed(back), _fixed(window))
+
+
+def runs(keys: np.ndarray) -> list[tuple[int, int]]:
+    """(first, end) of the runs of places that lie together, of sorted places."""
+    edge = np.flatnonzero(np.diff(keys) != 1) + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(keys, edge)]
+
+
 @lru_cache(maxsize=64)
 def rectangles(grid: VideoGrid, text: int = 0) -> tuple[tuple[Rectangles, ...], np.ndarray]:
     """The windows by class, most shared first, and (S,) the row of each token among all their query rows.
 
     text: slots of text that follow the S places and are keys of every window.
     """
-    at = grid.inverse.reshape(grid.size)
-    box = lambda spans: np.sort(
-        at[tuple(slice(r.start * t, r.stop * t) for r, t in zip(spans, grid.tile))].ravel()
-    )
     classes: dict[int, list] = {}
-    for windows in itertools.product(*grid.windows()):
-        queries, keys = zip(*windows)
-        classes.setdefault(math.prod(map(len, queries)), []).append((box(queries), box(keys)))
+    for window in shared_windows(grid):
+        classes.setdefault(window.tiles, []).append(window[:2])
     found, back, start = [], np.empty(grid.length, np.int64), 0
     extra = np.arange(grid.length, grid.length + text)
     for tiles in sorted(classes, reverse=True):
