@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrepro.ops.dense import einsum32
 
+LANES = 128  # of a vector register of a TPU
 MASKED = -1e30  # finite, so that a row without any key gives zeros and not NaN
 
 
@@ -82,13 +83,17 @@ def attend_prefix(
 ) -> Float[Array, "b t h i"]:
     """Every query of row b attends to its first length[b] keys, at least one (None = all).
 
-    cuDNN on an NVIDIA GPU, for half precision and head sizes that it takes; XLA elsewhere.
+    cuDNN on an NVIDIA GPU, for half precision and head sizes that it takes; splash attention on a TPU, for heads of
+    whole vector registers (lowered and interpreted; it has not run on one); XLA elsewhere.
     """
     if length is not None:
         length = length.astype(jnp.int32)
     arguments = (q, k, v) if length is None else (q, k, v, length)
-    if _cudnn_takes(q):
-        return jax.lax.platform_dependent(*arguments, cuda=_cudnn, default=_xla)
+    libraries = (
+        {"cuda": _cudnn} if _cudnn_takes(q) else {"tpu": _splash} if _splash_takes(q, k) else {}
+    )
+    if libraries:
+        return jax.lax.platform_dependent(*arguments, default=_xla, **libraries)
     return _xla(*arguments)
 
 
@@ -111,6 +116,50 @@ def _cudnn(q, k, v, length=None):
         even(q), even(k), even(v), key_value_seq_lengths=length, implementation="cudnn"
     )
     return o[:, : q.shape[1]]
+
+
+def _splash_takes(q, k):
+    # a block has at least 128 rows; fewer would be mostly padding
+    long = min(q.shape[1], k.shape[1]) >= LANES
+    return jax.local_devices()[0].platform == "tpu" and long and q.shape[-1] % LANES == 0
+
+
+def _splash(q, k, v, length=None, *, interpret=False):
+    # its mask is whole; padding, and keys past the length, are another segment
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
+
+    b, t, h, i = q.shape
+    s = k.shape[1]
+    rows, keys = (min(512, -(-n // LANES) * LANES) for n in (t, s))
+
+    def heads_first(x, block):
+        return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))), 1, 2)
+
+    q, k, v = heads_first(q * i**-0.5, rows), heads_first(k, keys), heads_first(v, keys)
+    run = kernel.make_splash_mha(
+        mask.MultiHeadMask([mask.FullMask((q.shape[2], k.shape[2]))] * h),
+        block_sizes=kernel.BlockSizes(
+            block_q=rows,
+            block_kv=keys,
+            block_q_dkv=rows,
+            block_kv_dkv=keys,
+            block_q_dq=rows,
+            block_kv_dq=keys,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    if length is None and k.shape[2] == s:
+        o = jax.vmap(run)(q, k, v)
+    else:
+        length = jnp.full(b, s) if length is None else length
+        past = (jnp.arange(k.shape[2]) >= length[:, None]).astype(jnp.int32)
+        o = jax.vmap(run)(q, k, v, kernel.SegmentIds(jnp.zeros((b, q.shape[2]), jnp.int32), past))
+    return jnp.swapaxes(o, 1, 2)[:, :t]
 
 
 def _xla(q, k, v, length=None):

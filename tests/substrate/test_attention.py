@@ -58,3 +58,32 @@ def test_on_cuda_it_lowers_to_cudnn_without_a_mask(lengths, monkeypatch):
     assert "exponential" not in text  # the XLA branch is not there
     with_xla = jax.jit(jax.grad(loss)).trace(*arrays).lower(lowering_platforms=("cpu",)).as_text()
     assert "__cudnn" not in with_xla
+
+
+def test_splash_attention_interpreted_is_the_definition_up_to_the_length():
+    q, k, v = (
+        jnp.asarray(x) for x in oracle.draw(3, (150, 1, 1), b=2, h=1, i=128, dtype="float32")
+    )
+    q = q[:, :40]
+    for length in (None, jnp.asarray([150, 30])):
+        got = attention._splash(q, k, v, length, interpret=True)
+        np.testing.assert_allclose(got, attention._xla(q, k, v, length), rtol=0, atol=1e-5)
+
+
+def test_on_a_tpu_it_lowers_to_splash_attention_and_so_does_its_gradient(monkeypatch):
+    monkeypatch.setattr(attention, "_splash_takes", lambda q, k: True)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in oracle.draw(4, (150, 1, 1), h=1, i=128))
+    loss = lambda q, k, v: attend_prefix(q, k, v, jnp.asarray([30])).sum(dtype=jnp.float32)
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_short_rows_and_other_devices_stay_with_xla(monkeypatch):
+    x = lambda n, i: jax.ShapeDtypeStruct((1, n, 1, i), jnp.bfloat16)
+    assert not attention._splash_takes(x(256, 128), x(256, 128))  # a CPU
+    tpu = type("Device", (), {"platform": "tpu"})
+    monkeypatch.setattr(jax, "local_devices", lambda: [tpu])
+    assert attention._splash_takes(x(256, 128), x(256, 128))
+    assert not attention._splash_takes(x(64, 128), x(256, 128))
+    assert not attention._splash_takes(x(256, 64), x(256, 64))
