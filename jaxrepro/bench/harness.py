@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import pkgutil
@@ -165,8 +166,17 @@ def has_peer(shape: Mapping[str, Any], notes: list[str]) -> bool:
     return True
 
 
-def run(name: str, shape: str | None = None, rounds: int = 5) -> dict[str, Any]:
-    """Runs a benchmark; the content of its JSON file."""
+def run(
+    name: str,
+    shape: str | None = None,
+    rounds: int = 5,
+    save: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Runs a benchmark; the content of its JSON file.
+
+    save: called with the content so far, where the benchmark tells of its tables one by one (`save` is a
+    parameter of its `bench`), so that a process that dies leaves those it had.
+    """
     # torch's threads wait for each other spinning, which starves them on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # read when jax starts
@@ -177,21 +187,27 @@ def run(name: str, shape: str | None = None, rounds: int = 5) -> dict[str, Any]:
     if shape not in module.SHAPES:
         raise UserError(f"--shape={shape} is unknown; {name} has {', '.join(module.SHAPES)}")
     start, busy = time.monotonic(), list(os.getloadavg())
-    report = module.bench(module.SHAPES[shape], rounds)
-    device = results.device()
-    return {
-        "kind": "bench",
-        **results.provenance(device, (*results.PACKAGES, *report.packages)),
-        "name": name,
-        "shape": shape,
-        "shape_hash": shape_hash(module, shape),
-        "slug": results.device_slug(device),
-        "rounds": rounds,
-        "load": busy,
-        "minutes": (time.monotonic() - start) / 60,
-        "groups": report.groups,
-        "notes": report.notes,
-    }
+
+    def content(report: Report) -> dict[str, Any]:
+        device = results.device()
+        return {
+            "kind": "bench",
+            **results.provenance(device, (*results.PACKAGES, *report.packages)),
+            "name": name,
+            "shape": shape,
+            "shape_hash": shape_hash(module, shape),
+            "slug": results.device_slug(device),
+            "rounds": rounds,
+            "load": busy,
+            "minutes": (time.monotonic() - start) / 60,
+            "groups": report.groups,
+            "notes": report.notes,
+        }
+
+    more = {}
+    if save is not None and "save" in inspect.signature(module.bench).parameters:
+        more["save"] = lambda report: save(content(report))
+    return content(module.bench(module.SHAPES[shape], rounds, **more))
 
 
 def show(data: Mapping[str, Any]) -> str:
@@ -231,9 +247,14 @@ def main(argv: Sequence[str]) -> None:
     flags.DEFINE_string("results", str(ROOT / "results"), "folder to write to", **text)
     usage = USAGE.format(names=", ".join(names()))
     (name,) = cli.parse_flags(parser, argv, usage, words=("NAME",))
-    data = run(name, parser["shape"].value, parser["rounds"].value)
-    path = Path(parser["results"].value)
-    path = path / f"bench-{data['name']}-{data['shape']}-{data['slug']}.json"
-    results.write_json(path, data)
+    folder = Path(parser["results"].value)
+
+    def save(data: Mapping[str, Any]) -> Path:
+        path = folder / f"bench-{data['name']}-{data['shape']}-{data['slug']}.json"
+        results.write_json(path, data)
+        return path
+
+    data = run(name, parser["shape"].value, parser["rounds"].value, save)
+    path = save(data)
     shown = json.dumps(data, indent=1) if parser["json"].value else f"{show(data)}\n\nwrote {path}"
     print(shown)

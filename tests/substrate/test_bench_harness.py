@@ -95,6 +95,19 @@ def test_the_command_writes_a_file_that_results_can_render(fake, tmp_path, capsy
     )
 
 
+def test_tables_that_a_benchmark_tells_of_are_on_disk_when_it_dies(fake, tmp_path):
+    def dies(shape, rounds, save):
+        save(harness.Report([harness.group("work", "s", timings(ours=[1.0]))], ["first"]))
+        raise KeyboardInterrupt
+
+    fake.bench = dies
+    with pytest.raises(KeyboardInterrupt):
+        harness.main(["fake", f"--results={tmp_path}"])
+    (path,) = tmp_path.iterdir()
+    kept = json.loads(path.read_text())
+    assert kept["notes"] == ["first"] and kept["groups"][0]["cases"][0]["case"] == "ours"
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
