@@ -28,7 +28,8 @@ for name in sys.argv[2].split():
         (
             f"{RARE} absl flax optax orbax",
             "jaxrepro.models.qwen2_vl jaxrepro.models.hf jaxrepro.models.gguf jaxrepro.rollout.generate "
-            "jaxrepro.bench.grpo jaxrepro.methods.stepgrpo.objective jaxrepro.config",
+            "jaxrepro.bench.grpo jaxrepro.methods.stepgrpo.objective jaxrepro.config "
+            "jaxrepro.bench.vorta jaxrepro.models.video_dit jaxrepro.ops.routed",
         ),
         # optax itself imports absl
         (
