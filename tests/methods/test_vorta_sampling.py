@@ -73,13 +73,6 @@ def test_each_row_has_its_own_route_and_text_length():
     np.testing.assert_array_equal(run(x, padded, table=table), whole)
 
 
-def test_keys_of_wan_follow_the_match_of_the_queries():
-    assert sampling.branches_of(WAN)[1].keywords == {"shared": True}
-    assert sampling.branches_of(HUNYUAN) == routed.BRANCHES
-    # the same objects every time: a new partial would be a new program
-    assert sampling.branches_of(WAN) is sampling.branches_of(video_dit.PRESETS["wan_14b"])
-
-
 @pytest.mark.parametrize(
     "change, says",
     [

@@ -16,15 +16,17 @@ SHAPE = dataclasses.replace(
 SETTINGS = {
     "steps": 4,
     "grid.size": (2, 4, 4),
-    "grid.tile": (1, 2, 2),
+    "grid.tile": (2, 2, 2),  # with the window both sparse branches cost 0.25
     "grid.window": (1, 1, 1),
     "pretrain.steps": 2,
     "pretrain.batch": 4,
     "pretrain.warmup": 1,
     "model.remat": "none",
-    "decode.steps": 2,
+    "decode.steps": 4,  # t = 1000, 900, 750, 500
     "decode.taus": (),
-    "decode.controls": ("random", "static"),
+    "decode.controls": ("random", "static", "all_sliding"),
+    "decode.pab": 2,
+    "decode.few": 2,
     "eval.n": 2,
     "planted.seeds": 0,
     "checkpoint.every": 2,

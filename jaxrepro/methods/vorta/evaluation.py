@@ -1,17 +1,21 @@
 """Routed sampling against dense sampling of the same noise and texts, and against other tables at the same cost.
 
-The error is the mean squared difference of the final latents to those of the dense model. A control has full heads at
-random places, as many as give it the FLOPs of the router's table (within 2 %), and its other heads all take
+The error is the mean squared difference of the final latents to those of the dense model in all steps. A control has
+full heads at random places, as many as give it the FLOPs of the router's table (within 2 %), and its other heads all take
 
-    coreset, sliding     one branch
-    random               either, at random
-    average              attention between means of two frames, in the place of coreset attention
-    static               the router's own branches, one route for all times (its FLOPs are its own)
+    coreset, sliding            one branch
+    random                      either, at random
+    average                     attention between means of two frames, in the place of coreset attention
 
-A larger tau moves heads to full attention: the curve of error over FLOPs.
+Other controls cost what they cost:
+
+    all_coreset, all_sliding    one branch in all heads (all_sliding: sliding-tile attention with one window)
+    static                      the router's own branches, one route for all times
+
+A larger tau moves heads to full attention: the curve of error over FLOPs. With decode.pab and decode.few the ways of
+drawing.py that they bring are measured too.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,12 +23,13 @@ import numpy as np
 
 from jaxrepro.config import UserError
 from jaxrepro.data import video
-from jaxrepro.methods.vorta import router, routes, setting
+from jaxrepro.methods.vorta import analysis, drawing, router, routes, setting, sources
+from jaxrepro.methods.vorta.drawing import Way, flops
 from jaxrepro.methods.vorta.routes import Routes
 from jaxrepro.methods.vorta.setting import Setting
 from jaxrepro.models import video_dit
 
-CONTROLS = ("coreset", "sliding", "random", "average", "static")
+CONTROLS = ("coreset", "sliding", "random", "average", "all_coreset", "all_sliding", "static")
 AVERAGE = "average_frames"
 REST = {"random": ("coreset", "sliding"), "sliding": ("sliding",)}  # the others: coreset
 
@@ -34,85 +39,91 @@ class Found(NamedTuple):
 
     numbers: dict[str, float]
     curve: dict[str, list[tuple[float, float]]]  # name -> (FLOP share, error), by tau
-    table: Routes  # at decode.tau
+    table: Routes  # at decode.tau, or of decode.table
     videos: dict[str, np.ndarray]  # name -> latents, at decode.tau
-    ids: np.ndarray | None  # of the texts, where videos are of moving shapes
+    names: list[str]  # of the texts
+    notes: list[str]  # what was left out, and why; how heads lie on devices
 
 
-def examine(s: Setting, params: Any, routers: Any) -> Found:
-    """Numbers, tables and videos of trained routers."""
-    decode = s.config.decode
-    arrays, noise, given = setting.asked(s, s.config.eval.n)
-    times = setting.plan_of(s.config).t
-    draw = {False: setting.sampler(s)}
-    if "average" in decode.controls:
-        averaging = setting.branches_of(s.config, s.cfg, AVERAGE)
-        draw[True] = setting.sampler(s, averaging)
-
-    def sample(table: Routes, average: bool = False) -> np.ndarray:
-        return setting.host(draw[average](params, noise, given, jnp.asarray(table.table)))
-
-    make = lambda tau, static=False: routes.make(
+def table_of(s: Setting, params: Any, routers: Any, tau: float, *, static: bool = False) -> Routes:
+    """The routers' table at the times of decode."""
+    return routes.make(
         routers,
         params,
         s.cfg,
-        times,
+        drawing.plan(s.config).t,
         model=s.config.model.shape,
         tau=tau,
         static=static,
         **setting.gate_options(s.config),
     )
+
+
+def examine(s: Setting, params: Any, routers: Any) -> Found:
+    """Numbers, tables and videos of trained routers, or of decode.table where it is given (routers: None or unused)."""
+    config, decode = s.config, s.config.decode
+    asked = sources.asked(config, s.cfg, s.grid, config.eval.n)
+    given = drawing.given(config, s.cfg)
+    make = lambda tau, **k: table_of(s, params, routers, tau, **k) if given is None else given
+    draw = lambda way: drawing.sample(s, params, asked, way)
     table = make(decode.tau)
-    videos = {"dense": sample(routes.uniform(table, "full"))}
-    numbers = shares(table) | gates(s, params, routers, times)
+    videos = {"dense": draw(drawing.way(config, "dense", table))}
+    against = lambda x, name="dense": float(np.square(x - videos[name]).mean())
+    numbers, notes = shares(table) | works(s, table, asked), []
+    if given is None:
+        numbers |= gates(s, params, routers, table.t)
     curve: dict[str, list[tuple[float, float]]] = {}
-    for tau in sorted({decode.tau, *decode.taus}):
+    for tau in sorted({decode.tau, *decode.taus}) if given is None else (decode.tau,):
         prefix = "test" if tau == decode.tau else f"test/tau{tau:g}"
         mine = make(tau)
-        cost = routes.fraction(mine.table, flops(s))
         for name in ("routed", *decode.controls):
-            if name == "static" and s.config.router.timeless:
+            still = make(tau, static=True) if name == "static" and given is None else None
+            try:
+                way = Way(mine.table) if name == "routed" else control(s, mine, name, still)
+            except UserError as error:
+                notes.append(f"{prefix}/{name} is left out: {error}")
                 continue
-            found = mine if name == "routed" else control(s, mine, name, make(tau, True), cost)
-            if found is None:
+            if way is None:
                 continue
-            average = name == "average"
-            x = sample(found, average)
-            share = routes.fraction(found.table, flops(s, AVERAGE if average else None))
-            error = float(np.square(x - videos["dense"]).mean())
-            numbers |= {f"{prefix}/{name}/error": error, f"{prefix}/{name}/flops": share}
-            curve.setdefault(name, []).append((share, error))
+            x, share = draw(way), drawing.work(s, way)
+            numbers |= {f"{prefix}/{name}/error": against(x), f"{prefix}/{name}/flops": share}
+            curve.setdefault(name, []).append((share, against(x)))
             if tau == decode.tau:
                 videos[name] = x
-    ids = arrays.get("ids")
-    if ids is not None and noise.shape[2] > 1:  # one frame shows no motion
+    for name in drawing.ways(config):
+        if name not in videos:
+            way = drawing.way(config, name, table)
+            videos[name] = draw(way)
+            numbers[f"test/{name}/error"] = against(videos[name])
+            numbers[f"test/{name}/flops"] = drawing.work(s, way)
+    if decode.few:
+        numbers["test/few/routed/error_to_few"] = against(videos["few/routed"], "few/dense")
+    if decode.pab:
+        numbers["test/pab/reused"] = 1 - float(drawing.computes(config).mean())
+    if load := drawing.load(s, table.table):
+        numbers["routes/load"] = load.mean
+        notes.append(
+            f"heads over {load.devices} devices: the fullest has {load.mean:.2f} of the mean work (at most "
+            f"{load.worst:.2f}), in the model's order {load.before:.2f}"
+        )
+    if asked.words is not None and asked.noise.shape[2] > 1:  # one frame shows no motion
         for name in ("dense", "routed"):
-            right = (video.recognise(videos[name]) == ids).mean()
+            right = (video.recognise(videos[name]) == asked.words).mean()
             numbers[f"test/{name}/recognised"] = float(right)
-    return Found(numbers, curve, table, videos, ids)
+    return Found(numbers, curve, table, videos, asked.names, notes)
 
 
-def control(s: Setting, mine: Routes, name: str, still: Routes, cost: float) -> Routes | None:
-    """The table of a control; None where it cannot cost the same."""
+def control(s: Setting, mine: Routes, name: str, still: Routes | None) -> Way | None:
+    """A control of the table `mine`; None where static is no other table, UserError where it can't cost the same."""
     if name == "static":
-        return still
+        return None if still is None or s.config.router.timeless else Way(still.table)
+    if name.startswith("all_"):
+        return Way(routes.uniform(mine, name.removeprefix("all_")).table)
     rest = REST.get(name, ("coreset",))
-    each = flops(s, AVERAGE if name == "average" else None)
-    try:
-        return routes.random(mine, seed=s.config.seed, rest=rest, flops=each, cost=cost)
-    except UserError:
-        return None
-
-
-def flops(s: Setting, coarse: str | None = None) -> tuple[float, float, float]:
-    """Work of each branch as a share of full attention; text of HunyuanVideo is left out."""
-    full, middle, sliding = s.grid.flops
-    cell = router.COARSE[coarse or s.config.router.coarse]
-    if cell is not router.COARSE["coreset"] and cell is not router.COARSE["merge"]:
-        sides = cell.keywords["cell"]
-        kept = math.prod(-(-n // c) / n for n, c in zip(s.grid.size, sides))
-        middle = kept**2
-    return full, middle, sliding
+    coarse = AVERAGE if name == "average" else None
+    cost = routes.fraction(mine.table, flops(s))
+    found = routes.random(mine, seed=s.config.seed, rest=rest, flops=flops(s, coarse), cost=cost)
+    return Way(found.table, coarse=coarse)
 
 
 def shares(table: Routes) -> dict[str, float]:
@@ -124,6 +135,24 @@ def shares(table: Routes) -> dict[str, float]:
         f"routes/{name}{part}": float((table.table[rows] == j).mean())
         for j, name in enumerate(router.BRANCHES)
         for part, rows in parts.items()
+    }
+
+
+def works(s: Setting, table: Routes, asked: sources.Asked) -> dict[str, float]:
+    """FLOPs as a share of the dense model's, of self-attention and of all that analysis.py counts, and a prediction.
+
+    The prediction is 1 / the share of all: as if time followed work. None of it for averages in the place of coreset
+    attention, which analysis.py does not count.
+    """
+    if s.config.router.coarse not in ("coreset", "merge"):
+        return {}
+    given = asked.given
+    text = given.text.shape[1] if given.length is None else int(np.asarray(given.length).mean())
+    found = analysis.work(table.table, s.cfg, s.grid, text)
+    return {
+        "work/attention": found.attention_share,
+        "work/model": found.share,
+        "work/predicted_speedup": 1 / found.share,
     }
 
 

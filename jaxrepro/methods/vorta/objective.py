@@ -35,6 +35,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxrepro.config import UserError
 from jaxrepro.methods.vorta.router import BRANCHES, gates
+from jaxrepro.methods.vorta.ulysses import spread
 from jaxrepro.models import video_dit
 from jaxrepro.models.video_dit import Attend, Condition, Config
 from jaxrepro.ops import routed
@@ -142,13 +143,24 @@ def soft(
 ) -> Attend:
     """Attention of a video model as the mixture of branches by the gates of each row and block.
 
-    The model's layout must be `grid`. chunk: heads computed at once, and again for the gradient.
+    The model's layout must be `grid`. chunk: heads computed at once, and again for the gradient. Heads lie on the
+    devices of the mesh's `sequence` axis (ulysses.py), where one is in force.
     """
 
+    by = spread(partial(routed.mix, chunk=chunk, branches=branches))
+
     def attend(q, k, v, layer, aux):
-        return routed.mix(
-            q, k, v, g[:, layer], grid, text=aux.length, chunk=chunk, branches=branches
-        )
+        return by(q, k, v, g[:, layer], grid, text=aux.length)
+
+    return attend
+
+
+def dense(grid: VideoGrid) -> Attend:
+    """Full attention; where the mesh in force has a `sequence` axis its heads lie on the devices of it, as in `soft`."""
+    by = spread(lambda q, k, v, _, grid, *, text=None: routed.full(q, k, v, grid, text=text))
+
+    def attend(q, k, v, layer, aux):
+        return by(q, k, v, jnp.zeros(q.shape[2], jnp.int32), grid, text=aux.length)
 
     return attend
 
@@ -193,7 +205,7 @@ def loss(
     apart = jnp.zeros_like(batch.t)
     if hidden > 0:
         reference, states = jax.lax.stop_gradient(
-            velocity(attend=video_dit.full, collect=lambda video, text, layer: video)
+            velocity(attend=dense(grid), collect=lambda video, text, layer: video)
         )
 
         def difference(video, text, layer):
@@ -203,7 +215,7 @@ def loss(
         routed_velocity, apart = velocity(attend=mixture, collect=difference)
         apart = apart.sum(0)
     else:
-        reference = jax.lax.stop_gradient(velocity(attend=video_dit.full))
+        reference = jax.lax.stop_gradient(velocity(attend=dense(grid)))
         routed_velocity = velocity(attend=mixture)
     errors = Errors(
         diffusion_error(routed_velocity, batch, target=target),

@@ -4,34 +4,38 @@ from typing import Any
 
 import numpy as np
 
-from jaxrepro.data import video, video_output
+from jaxrepro.data import video_output
 from jaxrepro.files import whole, writing
-from jaxrepro.methods.vorta import analysis, router_files, routes
+from jaxrepro.methods.vorta import analysis, router, router_files, routes, samples, sources
 from jaxrepro.methods.vorta.evaluation import Found
 from jaxrepro.methods.vorta.setting import Setting
 from jaxrepro.train.loop import Run
 
-SHOWN = ("dense", "routed", "coreset", "sliding", "random")
+SHOWN = ("dense", "routed", "routed_pab", "few/routed", "coreset", "sliding", "random")
 COLOURS = {"routed": "#b5480f", "coreset": "#1f5fa8", "sliding": "#2c7a4b", "random": "0.45"}
 COLOURS |= {"average": "#7a3b8f", "static": "#8a6d00"}
+COLOURS |= {"all_coreset": "#7fa8d6", "all_sliding": "#8cc4a2"}
 GIFS = 4
 
 
 def write(run: Run, s: Setting, found: Found, routers: Any) -> None:
     """routes.json, router.safetensors, and in samples/ the heat map, the curve and GIFs."""
     routes.save(run.path("routes.json"), found.table)
-    router_files.save(run.path("router.safetensors"), routers, s.cfg)
+    if routers is not None:
+        router_files.save(run.path("router.safetensors"), routers, s.cfg)
     title = f"{found.table.model}: {routes.fraction(found.table.table, s.grid.flops):.2f} of full attention"
     heat = run.path("samples/routes.png")
     analysis.draw(heat, found.table.table, timesteps=found.table.t.tolist(), title=title)
     curve(run.path("samples/curve.png"), found.curve)
-    if found.ids is None:
-        return
     names = [name for name in SHOWN if name in found.videos]
-    for i, ids in enumerate(found.ids[:GIFS]):
-        films = [video.to_pictures(found.videos[name][i]) for name in names]
-        path = run.path(f"samples/{i}-{video.caption(ids).replace(' ', '-')}.gif")
-        video_output.write_gif(path, video_output.beside(films, names, scale=6))
+    seen = [sources.pictures(s.config, s.cfg, s.grid, found.videos[name][:GIFS]) for name in names]
+    if seen[0] is None:
+        return
+    height = seen[0].shape[2]
+    for i, text in enumerate(found.names[:GIFS]):
+        path = run.path(f"samples/{i}-{samples.plain(text)}.gif")
+        films = [pictures[i] for pictures in seen]
+        video_output.write_gif(path, video_output.beside(films, names, scale=max(96 // height, 1)))
 
 
 def curve(path: Any, points: dict[str, list[tuple[float, float]]]) -> None:
@@ -58,11 +62,21 @@ def curve(path: Any, points: dict[str, list[tuple[float, float]]]) -> None:
 
 
 def lines(results: dict[str, float]) -> list[str]:
-    """The headline numbers as text."""
+    """The headline numbers as text: each way of sampling, the table's shares and work, the prediction."""
     found = []
     for key, value in results.items():
-        parts = key.split("/")
-        if parts[0] == "test" and len(parts) == 3 and parts[2] == "error":
-            share = results[f"test/{parts[1]}/flops"]
-            found.append(f"{parts[1]:8} error {value:.5f} at {share:.3f} of full attention")
+        name = key.removeprefix("test/").removesuffix("/error")
+        if key == f"test/{name}/error" and not name.startswith("tau"):
+            share = results[f"test/{name}/flops"]
+            found.append(f"{name:11} error {value:.5f} at {share:.3f} of full attention")
+    parts = (f"{name} {results[f'routes/{name}']:.1%}" for name in router.BRANCHES)
+    line = f"routes: {', '.join(parts)} of heads"
+    if "work/model" in results:
+        line += f"; work of attention {results['work/attention']:.3f}, of the model {results['work/model']:.3f}"
+    found.append(line)
+    if "work/predicted_speedup" in results:
+        found.append(
+            f"predicted, not measured: {results['work/predicted_speedup']:.2f} times as fast as dense if time followed "
+            "work; python -m jaxrepro.bench vorta measures the kernels"
+        )
     return found

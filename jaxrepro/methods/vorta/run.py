@@ -5,7 +5,8 @@
     router     `steps` updates of the routers alone (objective.py)
     evaluate   videos of test texts from the same noise: dense, routed, and tables at the same cost (evaluation.py)
 
-One run trains one arm; `jaxrepro.reproduce` compares arms. With steps = 0 the routers of `router.path` are evaluated.
+One run trains one arm; `jaxrepro.reproduce` compares arms. With steps = 0 the routers of `router.path`, or the table of
+`decode.table`, are evaluated; `sample` then needs no run.
 """
 
 import math
@@ -20,13 +21,17 @@ from jaxrepro.config import UserError
 from jaxrepro.data import locate
 from jaxrepro.distributed import first
 from jaxrepro.methods.vorta import (
+    drawing,
     evaluation,
     objective,
     planted,
     report,
     router,
     router_files,
+    samples,
     setting,
+    sources,
+    ulysses,
 )
 from jaxrepro.methods.vorta.setting import Setting
 from jaxrepro.models import video_dit, video_files
@@ -41,13 +46,7 @@ def run(
     config: Any, workdir: Any, *, resume: str = "auto", profile: str | None = None
 ) -> dict[str, float]:
     """Train the routers of one arm in `workdir` and evaluate them; returns what summary.json holds."""
-    check(config)
-    if not config.model.path and config.model.shape in video_dit.PRESETS:
-        raise UserError(
-            f"model.shape={config.model.shape} is a released model: give its folder as model.path (small and medium "
-            "are trained here)"
-        )
-    s = setting.prepare(config)
+    s = opened(config)
     show = "loss", "last", "diffusion", "full"
     with Run(config, workdir, resume=resume, profile=profile, show=show) as run:
         if run.finished:
@@ -61,18 +60,38 @@ def run(
         kept = sharding.fetch(routers)
         first(lambda: report.write(run, s, found, kept))
         results |= found.numbers
-        for line in report.lines(results):
+        for line in (*report.lines(results), *found.notes):
             run.say(line)
         run.summary(results)
         return run.results
+
+
+def opened(config: Any) -> Setting:
+    """The setting of a config that can run: what it will read is there and fits. UserError before anything is written."""
+    check(config)
+    if not config.model.path and config.model.shape in video_dit.PRESETS:
+        raise UserError(
+            f"model.shape={config.model.shape} is a released model: give its folder as model.path (small and medium "
+            "are trained here)"
+        )
+    s = setting.prepare(config)
+    sources.ready(config, s.cfg, s.grid)
+    drawing.given(config, s.cfg)
+    if config.router.path:
+        router_files.load(config.router.path, s.cfg)
+    return s
 
 
 def check(config: Any) -> None:
     """UserError for settings that can't work, before anything is read."""
     r, decode, loss = config.router, config.decode, config.loss
     cfg, grid = setting.geometry(config), setting.grid_of(config)
-    setting.branches_of(config, cfg)
-    setting.plan_of(config)
+    router.branches(cfg, coarse=r.coarse, shared=r.shared)
+    sources.check(config, cfg)
+    drawing.check(config)
+    samples.check(config)
+    mesh = sharding.abstract_mesh(config.mesh)
+    ulysses.check(mesh, heads=cfg.heads, tokens=grid.length)
     least = (
         ("steps", config.steps, 0),
         ("router.batch", r.batch, 1),
@@ -91,8 +110,11 @@ def check(config: Any) -> None:
         raise UserError(
             f"router.micro_batches={r.micro_batches} does not divide router.batch={r.batch}; use a divisor"
         )
-    if r.chunk and cfg.heads % r.chunk:
-        raise UserError(f"router.chunk={r.chunk} does not divide {cfg.heads} heads; use a divisor")
+    heads = cfg.heads // mesh.shape["sequence"]  # of a device
+    if r.chunk and r.chunk < heads and heads % r.chunk:
+        raise UserError(
+            f"router.chunk={r.chunk} does not divide {heads} heads of a device; use a divisor"
+        )
     if r.without and r.without not in router.BRANCHES:
         raise UserError(f"router.without={r.without!r} is not one of {', '.join(router.BRANCHES)}")
     if loss.target not in objective.TARGETS:
@@ -111,8 +133,10 @@ def check(config: Any) -> None:
         raise UserError(
             f"decode.controls={', '.join(unknown)}: {', '.join(evaluation.CONTROLS)} are known"
         )
-    if not config.steps and not r.path:
-        raise UserError("steps=0 without router.path: there are no routers to evaluate")
+    if not config.steps and not r.path and not decode.table:
+        raise UserError(
+            "steps=0 without router.path or decode.table: there are no routes to evaluate"
+        )
     if max(grid.size) > getattr(cfg, "positions", max(grid.size)):
         raise UserError(f"grid.size={grid.size} exceeds the model's {cfg.positions} positions")
 
@@ -127,7 +151,7 @@ def model(run: Run, s: Setting) -> Any:
         return load(s, folder)
     section = s.config.pretrain
     state, step = setting.dense_step(run, s)
-    data = setting.data(s.config, s.cfg, "train", batch=section.batch, seed=section.seed)
+    data = sources.dataset(s.config, s.cfg, s.grid, "train", batch=section.batch, seed=section.seed)
     for i in run.steps(state, section.steps):
         batch = data[i]
         key = step_key(section.seed, "pretrain", i)  # not the run's seed: its arms share the model
@@ -150,7 +174,7 @@ def load(s: Setting, folder: Any) -> Any:
 
 
 def train(run: Run, s: Setting, params: Any) -> Any:
-    """Routers after `steps` updates, from random ones or from router.path."""
+    """Routers after `steps` updates, from random ones or from router.path; None where only a table is given."""
     config, section = s.config, s.config.router
 
     def begin() -> Any:
@@ -159,9 +183,9 @@ def train(run: Run, s: Setting, params: Any) -> Any:
         return router.init(jax.random.key(config.seed), s.cfg)
 
     if not config.steps:
-        return begin()
+        return begin() if section.path else None
     state, step = setting.router_step(run, s, begin)
-    data = setting.data(config, s.cfg, "train", batch=section.batch, seed=config.seed)
+    data = sources.dataset(config, s.cfg, s.grid, "train", batch=section.batch, seed=config.seed)
     for i in run.steps(state, config.steps):
         batch = data[i]
         state, metrics = step(state, (params, setting.rows_of(s, batch.arrays), run.key(i)))
@@ -176,9 +200,13 @@ def train(run: Run, s: Setting, params: Any) -> Any:
 def trained(config: Any, workdir: Any) -> tuple[Setting, Any, Any]:
     """The setting, the model and the last routers of a run."""
     s = setting.prepare(config)
-    params = load(s, locate.model(config.model.path) if config.model.path else setting.kept_at(s))
+    folder = locate.model(config.model.path) if config.model.path else setting.kept_at(s)
+    if not folder.is_dir():
+        raise UserError(f"there is no pre-trained model at {folder}: run jaxrepro.launch first")
+    params = load(s, folder)
     if not config.steps:
-        return s, params, router_files.load(config.router.path, s.cfg, shardings=s.router_at)
+        path = config.router.path
+        return s, params, router_files.load(path, s.cfg, shardings=s.router_at) if path else None
     target = router.abstract(s.cfg)
     return s, params, checkpoint.load(workdir, target, stage=STAGE, shardings=s.router_at)
 
@@ -193,6 +221,35 @@ def evaluate(
         with config.unlocked():
             config.eval.n = n
     return evaluation.examine(*trained(config, workdir)).numbers
+
+
+def ready(config: Any) -> bool:
+    """Whether `sample` needs no run: routers or routes are given, not trained."""
+    return not config.steps
+
+
+def sample(
+    config: Any,
+    workdir: Any,
+    *,
+    prompt: str | None = None,
+    image: Any = None,
+    n: int = 1,
+    temperature: float | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Write videos below workdir/videos and return their paths: n of a prompt, or of the first n test texts.
+
+    A prompt is four words of moving shapes, the name of a clip, or the id of an item of data.test.
+    """
+    if image is not None:
+        raise UserError("--image: videos are made of text alone; leave it out")
+    if temperature is not None:
+        raise UserError("--temperature: video models have none; leave it out, --seed draws noise")
+    check(config)
+    samples.installed(config)
+    s, params, routers = trained(config, workdir)
+    return samples.write(s, params, routers, workdir, prompt=prompt, n=n, seed=seed)
 
 
 def plan(config: Any) -> memory.Plan:
@@ -215,7 +272,7 @@ def plan(config: Any) -> memory.Plan:
     state = jax.eval_shape(partial(init_state, optimizer=rule), router.abstract(cfg))
     number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     b = section.batch
-    batch = {"latents": number(b, *setting.latent_shape(cfg, grid)), "t": number(b)}
+    batch = {"latents": number(b, *sources.latent_shape(cfg, grid)), "t": number(b)}
     parts = sharding.row_parts(mesh) * mesh.shape["sequence"]
     rows = -(-b // section.micro_batches)
     return memory.Plan(

@@ -26,22 +26,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrepro.config import UserError
-from jaxrepro.methods.vorta import caching
+from jaxrepro.methods.vorta import caching, router
 from jaxrepro.methods.vorta.ulysses import spread
 from jaxrepro.models import video_dit
 from jaxrepro.models.video_dit import Attend, Condition, Config
 from jaxrepro.models.video_parts import grid_of
 from jaxrepro.models.wan import WanConfig
-from jaxrepro.ops import coreset, flow, routed
+from jaxrepro.ops import flow, routed
 from jaxrepro.ops.video_grid import VideoGrid
 
 Branches = tuple[Callable[..., Array], ...]
-WAN = (routed.full, partial(coreset.coreset, shared=True), routed.BRANCHES[2])
-
-
-def branches_of(cfg: Config) -> Branches:
-    """Full, coreset and sliding attention as the official code has them: Wan's keys follow the match of the queries."""
-    return WAN if isinstance(cfg, WanConfig) else routed.BRANCHES
 
 
 class Walk(NamedTuple):
@@ -98,7 +92,7 @@ def step(
     order: Int[Array, "l h"] | None = None,
     scale: float | Float[Array, ""] | None = None,
     chunk: int = 4,
-    branches: Branches = routed.BRANCHES,
+    branches: Branches | None = None,
 ) -> Walk:
     """One step of all rows at the time row.t. Pure: for programs that show or stop a sampling between its steps.
 
@@ -112,6 +106,7 @@ def step(
             route = jnp.concatenate([route, route])
     attend, layout = video_dit.full, None
     if route is not None:
+        branches = router.branches(cfg) if branches is None else branches
         attend = hard(route, grid, order=order, chunk=chunk, branches=branches)
         layout = grid
     around = None if computes is None else caching.broadcast(computes)
@@ -155,7 +150,7 @@ def sample(
     dense. plan: `flow.euler` or `flow.unipc`, of n steps. grid: of the tokens, with a table. empty, scale: the other
     side of classifier-free guidance and its scale, which HunyuanVideo has not (Condition.guidance). computes: (n,)
     bools of `caching.schedule`; None = nothing is kept. order: (n, l, h) of `ulysses.balance`. branches: default
-    `branches_of(cfg)`. UserError where these do not fit together.
+    `router.branches(cfg)`. UserError where these do not fit together.
     """
     n, b = len(plan.t), len(noise)
     if (empty is None) != (scale is None):
@@ -182,7 +177,7 @@ def sample(
         cfg=cfg,
         grid=grid,
         chunk=chunk,
-        branches=branches_of(cfg) if branches is None else branches,
+        branches=router.branches(cfg) if branches is None else branches,
     )
 
 

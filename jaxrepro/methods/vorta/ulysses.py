@@ -47,15 +47,16 @@ def spread(f: Callable[..., Array], *, axis: str = AXIS) -> Callable[..., Array]
         mesh = jax.sharding.get_abstract_mesh()
         if axis not in mesh.axis_names or mesh.shape[axis] == 1:
             return f(q, k, v, choice, grid, text=text)
-        _check(mesh, axis, q.shape[2], grid.length)
+        check(mesh, heads=q.shape[2], tokens=grid.length, axis=axis)
         return _exchange(f, mesh, axis, (q, k, v), choice, grid, text, order)
 
     return call
 
 
-def _check(mesh, axis, heads, tokens):
+def check(mesh: Any, *, heads: int, tokens: int, axis: str = AXIS) -> None:
+    """UserError where heads or video tokens do not divide by the devices of `axis`, or `tensor` splits the heads."""
     parts = mesh.shape[axis]
-    if mesh.shape.get("tensor", 1) > 1:
+    if parts > 1 and mesh.shape.get("tensor", 1) > 1:
         raise UserError(
             f"mesh.tensor={mesh.shape['tensor']} splits the heads that mesh.{axis}={parts} would: set tensor to 1"
         )

@@ -1,0 +1,129 @@
+"""Videos of finished or given routers as files, `run.sample`: prompts to latents, GIF or mp4, nothing half-written.
+
+    WORKDIR/videos/N/routes.json            the table
+                     latents/WAY/           a folder that data/latents.py reads, texts included
+                     0-NAME-WAY.gif         or .mp4; none for a folder of latents without decode.vae
+
+N is the next free number, WAY a name of decode.videos ("few/routed" is few-routed).
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrepro.config import UserError
+from jaxrepro.data import latents, video_clips, video_output
+from jaxrepro.distributed import first
+from jaxrepro.methods.vorta import drawing, evaluation, routes, sources
+from jaxrepro.methods.vorta.setting import Setting
+from jaxrepro.models.hf import new_folder
+
+FORMATS = {"gif": video_output.FASTEST_GIF, "mp4": 240}  # most frames a second
+LONGEST = 60  # letters of a name
+
+
+def check(config: Any) -> None:
+    """UserError for settings of the files that can't work."""
+    decode = config.decode
+    if decode.format not in FORMATS:
+        raise UserError(f"decode.format={decode.format!r} is not one of {', '.join(FORMATS)}")
+    if not 0 < decode.fps <= FORMATS[decode.format]:
+        raise UserError(
+            f"decode.fps={decode.fps}; use more than 0 and up to {FORMATS[decode.format]} for {decode.format}"
+        )
+    if decode.vae and config.data.kind != "folder":
+        raise UserError(
+            f"decode.vae={decode.vae!r:.60} reads latents of a released model: use data.kind=folder, or leave it out"
+        )
+
+
+def installed(config: Any) -> None:
+    """UserError where a package is missing that the files need: before anything is sampled."""
+    if config.decode.format == "mp4":
+        video_clips.pyav()
+    if config.decode.vae:
+        missing = [n for n in ("torch", "diffusers") if importlib.util.find_spec(n) is None]
+        if missing:
+            raise UserError(
+                f"decode.vae needs {' and '.join(missing)}: {video_output.NEEDED}, or leave it out"
+            )
+
+
+def write(
+    s: Setting,
+    params: Any,
+    routers: Any,
+    workdir: Any,
+    *,
+    prompt: str | None,
+    n: int,
+    seed: int,
+) -> list[str]:
+    """Sample n videos by each way of decode.videos and write them; a line for each file or folder."""
+    config = s.config
+    asked = sources.prompted(config, s.cfg, s.grid, prompt, n=n, seed=seed)
+    table = drawing.given(config, s.cfg)
+    if table is None:
+        table = evaluation.table_of(s, params, routers, config.decode.tau)
+    videos = {
+        name: drawing.sample(s, params, asked, drawing.way(config, name, table))
+        for name in config.decode.videos
+    }
+    return first(lambda: _write(s, Path(workdir), asked, table, videos))
+
+
+def _write(s, workdir, asked, table, videos):
+    folder = next_folder(workdir / "videos")
+    with new_folder(folder) as temporary:
+        routes.save(temporary / "routes.json", table)
+        for name, x in videos.items():
+            way = name.replace("/", "-")
+            latents.write(
+                temporary / "latents" / way,
+                examples(asked, x),
+                model=sources.family(s.cfg) if s.config.data.kind == "folder" else "other",
+                normalised=True,
+            )
+            pictures = sources.pictures(s.config, s.cfg, s.grid, x)
+            if pictures is not None:
+                films(temporary, s.config.decode, asked.names, way, pictures)
+        made = sorted(p for p in temporary.iterdir() if p.suffix[1:] in FORMATS)
+    return [str(folder / p.name) for p in (*made, Path("latents"), Path("routes.json"))]
+
+
+def films(folder: Path, decode: Any, names: list[str], way: str, pictures: np.ndarray) -> None:
+    """A GIF or mp4 of each video, small ones enlarged to about 96 rows."""
+    for i, (name, film) in enumerate(zip(names, pictures)):
+        large = video_output.enlarge(film, max(96 // film.shape[1], 1))
+        path = folder / f"{i}-{plain(name)}-{way}.{decode.format}"
+        if decode.format == "mp4":
+            video_output.write_mp4(path, large, fps=decode.fps)
+        else:
+            video_output.write_gif(path, large, fps=decode.fps)
+
+
+def examples(asked: sources.Asked, x: np.ndarray) -> list[dict[str, Any]]:
+    """Latents and their texts as `latents.write` takes them."""
+    found = []
+    for i, name in enumerate(asked.names):
+        row = {"id": f"{i}/{name}", "latents": x[i], "text": np.asarray(asked.given.text[i])}
+        if asked.given.length is not None:
+            row["length"] = int(asked.given.length[i])
+        if asked.given.pooled is not None:
+            row["pooled"] = np.asarray(asked.given.pooled[i])
+        found.append(row)
+    return found
+
+
+def next_folder(parent: Path) -> Path:
+    """The folder of the next free number."""
+    taken = [int(p.name) for p in parent.glob("*") if p.name.isdecimal()]
+    return parent / str(max(taken, default=-1) + 1)
+
+
+def plain(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:LONGEST] or "video"

