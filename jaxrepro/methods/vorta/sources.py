@@ -72,7 +72,7 @@ def ready(config: Any, cfg: Config, grid: VideoGrid) -> None:
         for split in ("train", "test") if trains else ("test",):
             folder(config, cfg, grid, split)
     if config.data.kind == "clips":
-        _clips(config, cfg, grid)
+        clips_of(config, cfg, grid)
     empty(config, cfg, grid, 1)
 
 
@@ -116,7 +116,8 @@ class Clips(NamedTuple):
         }
 
 
-def _clips(config, cfg, grid):
+def clips_of(config: Any, cfg: Config, grid: VideoGrid) -> Clips:
+    """The examples of data.clips; decoded once."""
     data = config.data
     return clips(tuple(data.clips), tuple(data.patch), latent_shape(cfg, grid))
 
@@ -155,7 +156,7 @@ def dataset(config: Any, cfg: Config, grid: VideoGrid, split: str, *, batch: int
     if config.data.kind == "folder":
         return latents.dataset(folder(config, cfg, grid, split), batch=batch, seed=shuffled)
     if config.data.kind == "clips":
-        found = _clips(config, cfg, grid)
+        found = clips_of(config, cfg, grid)
         read = lambda examples: found.arrays(examples, cfg.text)
         return batches.dataset(found.rows[split], read, batch=batch, seed=shuffled)
     size = latent_shape(cfg, grid)[1:]
@@ -286,7 +287,7 @@ def pictures(
     if config.data.kind == "shapes":
         return video.to_pictures(x)
     if config.data.kind == "clips":
-        return _clips(config, cfg, grid).pca.decode(x)
+        return clips_of(config, cfg, grid).pca.decode(x)
     if not config.decode.vae:
         return None
     return video_output.decode(x, family(cfg), config.decode.vae)

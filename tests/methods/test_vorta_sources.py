@@ -1,0 +1,193 @@
+"""The kinds of data of a VORTA run: shapes, clips, folders; what is tested on is not trained on; runs of each."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrepro.config import UserError
+from jaxrepro.data import latents, video_clips, video_output
+from jaxrepro.methods.vorta import run, setting, sources
+from jaxrepro.models import video_dit, video_files
+from jaxrepro.models.hunyuan_video import HunyuanVideoConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+import vorta_tiny as tiny
+
+CLIPS = {"data__kind": "clips", "data__channels": 6, "data__patch": (2, 2, 2)}
+
+
+def film(seed, frames=40):
+    """A smooth picture that moves, (frames, 16, 16, rgb)."""
+    at = np.indices((frames, 16, 16)).astype(float)
+    waves = [np.sin(at[0] / 5 + at[1] * k / 3 + at[2] / 4 + seed + k) for k in range(3)]
+    return ((np.stack(waves, -1) + 1) * 127).astype(np.uint8)
+
+
+@pytest.fixture
+def clips(monkeypatch):
+    """Two clips without files."""
+    made = {"a.mp4": film(0), "b.mp4": film(5)}
+    monkeypatch.setattr(video_clips, "frames", lambda name, **size: made[name])
+    sources.clips.cache_clear()
+    yield made
+    sources.clips.cache_clear()
+
+
+def parts(config):
+    return config, setting.geometry(config), setting.grid_of(config)
+
+
+def batch(config, split, n=4, seed=0):
+    return sources.dataset(*parts(config), split, batch=n, seed=seed)[0]
+
+
+def test_shapes_are_made_for_the_grid_and_tests_are_others(tmp_path):
+    config = tiny.config(tmp_path)
+    one, other = batch(config, "train"), batch(config, "test")
+    assert one.arrays["latents"].shape == (4, 4, 2, 8, 8)
+    assert not set(one.ids) & set(other.ids)
+    x = one.arrays["latents"]
+    assert sources.pictures(*parts(config), x).shape == (4, 2, 8, 8, 3)
+
+
+def test_clips_are_cut_in_time_and_their_components_come_from_the_training_part(clips, tmp_path):
+    config = tiny.config(tmp_path, **CLIPS, data__clips=tuple(clips))
+    found = batch(config, "train", 6)
+    assert found.arrays["latents"].shape == (6, 6, 2, 8, 8)  # 4 frames of 16 x 16 pixels
+    assert found.arrays["text"].shape == (6, 1, 21) and (found.arrays["text"].sum(-1) == 1).all()
+    which = [list(clips).index(e["clip"]) for e in found.examples]
+    np.testing.assert_array_equal(found.arrays["text"][:, 0].argmax(-1), which)
+    rows = sources.clips_of(*parts(config)).rows
+    for split, frames in (("train", slice(30)), ("test", slice(30, 40))):
+        for row in rows[split]:
+            at = int(row["id"].split("/")[-1])
+            np.testing.assert_array_equal(row["pixels"], clips[row["clip"]][frames][at : at + 4])
+    assert len(rows["train"]) == 28 and len(rows["test"]) == 8  # one every 2 frames
+    tests = batch(config, "test", 8)
+    seen = sources.pictures(*parts(config), tests.arrays["latents"]).astype(float)
+    truth = np.stack([e["pixels"] for e in tests.examples])
+    assert np.abs(seen - truth).mean() < 6  # of 255, by 6 of 24 components
+    before = sources.clips_of(*parts(config)).pca.basis
+    sources.clips.cache_clear()
+    for pixels in clips.values():
+        pixels[30:] = 255 - pixels[30:]
+    np.testing.assert_array_equal(sources.clips_of(*parts(config)).pca.basis, before)
+
+
+def test_a_prompt_names_a_clip(clips, tmp_path):
+    config = tiny.config(tmp_path, **CLIPS, data__clips=tuple(clips))
+    asked = sources.prompted(*parts(config), "b.mp4", n=2, seed=3)
+    assert asked.names == ["b.mp4"] * 2 and asked.given.text.argmax(-1).tolist() == [[1], [1]]
+    assert np.abs(asked.noise[0] - asked.noise[1]).max() > 1
+    with pytest.raises(UserError, match=r"--prompt='c' is not one of data.clips: a.mp4, b.mp4"):
+        sources.prompted(*parts(config), "c", n=1, seed=0)
+
+
+def encoded(folder, n, *, seed=0, model="other", shape=(4, 2, 8, 8), width=21, **more):
+    """A folder of n items of normal latents and texts of 3 tokens, the last of which counts for odd items alone."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *s: rng.normal(size=s).astype(np.float32)
+    items = [
+        {
+            "id": f"item {i}",
+            "latents": normal(*shape),
+            "text": normal(3, width),
+            "length": 2 + i % 2,
+        }
+        | {name: normal(size) for name, size in more.items()}
+        for i in range(n)
+    ]
+    latents.write(folder, items, model=model, normalised=True)
+    return items
+
+
+def test_a_folder_gives_its_items_and_its_empty_text(tmp_path):
+    items = encoded(tmp_path / "train", 5)
+    tests = encoded(tmp_path / "test", 3, seed=1)
+    config = tiny.config(
+        tmp_path,
+        data__kind="folder",
+        data__path=str(tmp_path / "train"),
+        data__test=str(tmp_path / "test"),
+        decode__guidance=2.0,
+        decode__empty="item 2",
+    )
+    found = batch(config, "train", 5)
+    order = [int(name.split()[1]) for name in found.ids]
+    assert sorted(order) == list(range(5))
+    np.testing.assert_array_equal(
+        found.arrays["latents"], np.stack([items[i]["latents"] for i in order])
+    )
+    sources.ready(*parts(config))
+    asked = sources.asked(*parts(config), 2)
+    assert asked.names == ["item 0", "item 1"]
+    np.testing.assert_array_equal(asked.given.text[1], tests[1]["text"])
+    np.testing.assert_array_equal(asked.empty.text[1, :2], tests[2]["text"][:2])
+    assert not asked.empty.text[:, 2].any()  # not valid
+    one = sources.prompted(*parts(config), "item 1", n=1, seed=0)
+    np.testing.assert_array_equal(one.given.text[0], tests[1]["text"])
+    assert sources.pictures(*parts(config), np.zeros((1, 4, 2, 8, 8), np.float32)) is None
+    for change, text in (
+        ({"decode.empty": "item 9"}, "decode.empty='item 9' is no item of"),
+        ({"grid.size": (4, 4, 4)}, "2 latent frames, 4 are asked for"),
+        ({"grid.size": (2, 4, 8)}, "set grid.size"),
+        ({"data.test": None}, "data.test is needed with data.kind=folder"),
+    ):
+        bad = config.copy_and_resolve_references()
+        bad.update_from_flattened_dict(change)
+        with pytest.raises(UserError, match=text):
+            sources.ready(*parts(bad))
+    encoded(tmp_path / "wide", 1, width=22)
+    config.data.test = str(tmp_path / "wide")
+    with pytest.raises(UserError, match="texts are 22 wide, the model reads 21"):
+        sources.ready(*parts(config))
+
+
+@pytest.mark.slow
+def test_a_run_on_clips_from_files(tmp_path):
+    pytest.importorskip("av")
+    for i in range(2):
+        video_output.write_mp4(tmp_path / f"{i}.mp4", film(5 * i), fps=10)
+    names = tuple(str(tmp_path / f"{i}.mp4") for i in range(2))
+    config = tiny.config(tmp_path / "c", **CLIPS, data__clips=names, decode__pab=0, decode__few=0)
+    with tiny.small(tmp_path / "programs"):
+        results = run.run(config, tmp_path / "w")
+        made = run.sample(config, tmp_path / "w", n=1)
+    assert results["test/routed/error"] >= 0 and "test/dense/recognised" not in results
+    assert len(list((tmp_path / "w" / "samples").glob("*.gif"))) == 2
+    assert [Path(p).suffix for p in made] == [".gif", ".gif", "", ".json"]
+
+
+@pytest.mark.slow
+def test_a_run_on_a_folder_and_a_model_of_hunyuan_video(tmp_path):
+    """Lengths of text, pooled text and embedded guidance through training, caching, few steps and samples."""
+    cfg = dataclasses.replace(
+        video_dit.PRESETS["hunyuan_tiny"], double=1, single=1, channels=16, out_channels=16
+    )
+    cfg = dataclasses.replace(cfg, text=770, pooled=latents.POOLED)
+    assert isinstance(cfg, HunyuanVideoConfig)
+    video_files.save(tmp_path / "model", video_dit.init(jax.random.key(0), cfg), cfg)
+    kind = dict(model="hunyuan", shape=(16, 2, 8, 8), width=770, pooled=latents.POOLED)
+    for seed, name in enumerate(("train", "test")):
+        encoded(tmp_path / name, 4, seed=seed, **kind)
+    config = tiny.config(
+        tmp_path / "c",
+        model__path=str(tmp_path / "model"),
+        data__kind="folder",
+        data__path=str(tmp_path / "train"),
+        data__test=str(tmp_path / "test"),
+        decode__guidance=6.0,
+        decode__videos=("routed_pab", "few/routed"),
+    )
+    with tiny.small(tmp_path / "programs"):
+        results = run.run(config, tmp_path / "w")
+        made = run.sample(config, tmp_path / "w", prompt="item 1", n=2, seed=4)
+    assert results["test/routed_pab/error"] > 0 and 0 < results["work/model"] < 1
+    assert [Path(p).name for p in made] == ["latents", "routes.json"]  # no VAE, no films
+    kept = latents.Latents(Path(made[0]) / "few-routed")
+    assert kept.model == "hunyuan" and kept.ids == ["0/item 1", "1/item 1"]
+    assert kept[0]["length"] == 3 and kept[0]["pooled"].shape == (768,)
