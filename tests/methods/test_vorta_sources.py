@@ -168,7 +168,7 @@ def test_a_run_on_a_folder_and_a_model_of_hunyuan_video(tmp_path):
     cfg = dataclasses.replace(
         video_dit.PRESETS["hunyuan_tiny"], double=1, single=1, channels=16, out_channels=16
     )
-    cfg = dataclasses.replace(cfg, text=770, pooled=latents.POOLED)
+    cfg = dataclasses.replace(cfg, text=770, pooled=latents.POOLED, frequencies=256)
     assert isinstance(cfg, HunyuanVideoConfig)
     video_files.save(tmp_path / "model", video_dit.init(jax.random.key(0), cfg), cfg)
     kind = dict(model="hunyuan", shape=(16, 2, 8, 8), width=770, pooled=latents.POOLED)
