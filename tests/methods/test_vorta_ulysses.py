@@ -179,14 +179,14 @@ def test_the_fullest_device_has_the_least_that_is_possible(route, parts):
 
 
 def test_a_half_and_half_table_of_hunyuan_on_eight_devices():
-    # 24 heads in threes: four devices with two coreset heads, four with one; sorted by branch one has three
+    # 24 heads in threes: no device needs more than two coreset heads; sorted by branch some have three
     table = np.repeat([1, 2], 12)[None, None]
     order, load = ulysses.balance(table, parts=8, costs=COSTS)
     np.testing.assert_allclose(load, (2 * 0.25 + 0.11) / (1.5 * 0.25 + 1.5 * 0.11))
     before = ulysses.imbalance(table, np.arange(24)[None, None], parts=8, costs=COSTS)
     np.testing.assert_allclose(before, 0.75 / 0.54)
     hands = np.take_along_axis(table, order, -1).reshape(8, 3)
-    assert sorted((h == 1).sum() for h in hands) == [1] * 4 + [2] * 4
+    assert max((h == 1).sum() for h in hands) == 2 and (hands == 1).sum() == 12
 
 
 @pytest.mark.parametrize(
