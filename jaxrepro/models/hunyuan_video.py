@@ -326,7 +326,7 @@ def apply(
     (z, state), more = jax.lax.scan(
         single, (z, state), (params["single"], rest), unroll=cfg.single <= SHALLOW
     )
-    x = z[:, :n] if layout is None else z[:, jnp.asarray(layout.inverse)]
+    x = z[:, :n] if layout is None else layout.to_raster(z[:, :n])
     scale, shift = chunks(affine(e, params["mod"]))
     x = affine(modulate(x, shift, scale, cfg.eps), params["out"]).astype(jnp.float32)
     x = unpatchify(x, grid, cfg.patch, channels=CHANNELS)

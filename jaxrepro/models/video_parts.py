@@ -52,13 +52,14 @@ class Condition(NamedTuple):
 
 @runtime_checkable
 class Layout(Protocol):
-    """An order of the video tokens: the raster index of each slot (s,), and the slot of each raster index (s,)."""
+    """An order of `length` video tokens: rows (b, s, ...) from raster order to it and back."""
 
     @property
-    def order(self) -> Any: ...
+    def length(self) -> int: ...
 
-    @property
-    def inverse(self) -> Any: ...
+    def to_layout(self, x: Any) -> Any: ...
+
+    def to_raster(self, x: Any) -> Any: ...
 
 
 class Aux(NamedTuple):
@@ -271,9 +272,8 @@ def arrange(
     """Tokens and rotary tables in the order of the layout."""
     if layout is None:
         return x, cos, sin
-    if len(layout.inverse) != x.shape[1]:
+    if layout.length != x.shape[1]:
         raise UserError(
-            f"the layout is of {len(layout.inverse)} video tokens, the latents have {x.shape[1]}: make it for their grid"
+            f"the layout is of {layout.length} video tokens, the latents have {x.shape[1]}: make it for their grid"
         )
-    order = jnp.asarray(layout.order)
-    return x[:, order], cos[order], sin[order]
+    return layout.to_layout(x), *(layout.to_layout(a[None])[0] for a in (cos, sin))

@@ -224,7 +224,7 @@ def apply(
     each = (params["layers"], jnp.arange(cfg.layers))
     (x, state), some = jax.lax.scan(block, (x, state), each, unroll=cfg.layers <= SHALLOW)
     if layout is not None:
-        x = x[:, jnp.asarray(layout.inverse)]
+        x = layout.to_raster(x)
     shift, scale = chunks(e[:, :, None] + params["table"].astype(jnp.float32))
     x = affine(modulate(x, shift, scale, cfg.eps), params["out"]).astype(jnp.float32)
     x = unpatchify(x, grid, cfg.patch, channels=CHANNELS)

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxrepro.ops.attention import attend_joint
-from jaxrepro.ops.video_grid import VideoGrid, buckets, cells
+from jaxrepro.ops.video_grid import VideoGrid, bucket_table, buckets, cells_in_program
 
 EPS = 1e-12  # the least norm that a cosine divides by
 FEATURES = 8  # how head sizes may grow: cuDNN takes multiples
@@ -44,21 +44,22 @@ class Match(NamedTuple):
 
 def match(x: Float[Array, "b s h i"], grid: VideoGrid) -> Match:
     """The margins that are least similar to their centre, head by head. x: the S video tokens, no text."""
-    table = buckets(grid)
+    table, of_bucket = buckets(grid), bucket_table(grid, "kept")
     x = jax.lax.stop_gradient(_grouped(x, grid))
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), EPS)
     similarity = (x[:, :, :1] * x[:, :, 1:]).sum(-1)  # (b, g, m - 1, h)
-    missing = (table.slots[:, 1:] < 0)[None, :, :, None]
-    similarity = jnp.where(missing, jnp.inf, similarity)  # ranked last, behind all that may be kept
+    if (table.slots < 0).any():  # missing slots rank last, behind all that may be kept
+        missing = (bucket_table(grid, "slots")[:, 1:] < 0)[None, :, :, None]
+        similarity = jnp.where(missing, jnp.inf, similarity)
     mine, other = similarity[:, :, :, None], similarity[:, :, None]
     slot = np.arange(similarity.shape[2])
     earlier = (slot[:, None] > slot)[..., None]  # (mine, other, 1): ties keep their order
     rank = jnp.sum((other < mine) | ((other == mine) & earlier), axis=3, dtype=jnp.int32)
-    k = table.kept.max()
+    k = int(table.kept.max())
     here = rank[:, :, None] == np.arange(k)[:, None, None]  # (b, g, k, m - 1, h)
     kept = jnp.sum(here * (1 + slot)[:, None].astype(np.int32), axis=3, dtype=jnp.int32)
-    stays = rank < table.kept[:, None, None]
+    stays = rank < of_bucket[:, None, None]
     centre = jnp.zeros_like(rank, shape=(*rank.shape[:2], 1, rank.shape[3]))
     return Match(
         jnp.concatenate([centre, kept], axis=2),
@@ -70,7 +71,8 @@ def _grouped(x, grid):
     """(b, S, ...) to (b, g, m, ...); a missing slot holds another token, which nothing reads."""
     table = buckets(grid)
     if not table.contiguous:
-        x = jnp.take(x, np.maximum(table.slots, 0).ravel(), axis=1, mode="clip")
+        slots = bucket_table(grid, "slots").ravel()
+        x = jnp.take(x, jnp.maximum(slots, 0), axis=1, mode="clip")
     return x.reshape(x.shape[0], *table.slots.shape, *x.shape[2:])
 
 
@@ -82,8 +84,9 @@ def _pick(x, index):
 def _rows(x, grid):
     """(b, g, 1 + k, h, i) to the P rows that exist."""
     x = x.reshape(x.shape[0], -1, *x.shape[3:])
-    table = buckets(grid)
-    return x if table.whole else jnp.take(x, table.rows, axis=1, mode="clip")
+    if buckets(grid).whole:
+        return x
+    return jnp.take(x, bucket_table(grid, "rows"), axis=1, mode="clip")
 
 
 def pool(x: Float[Array, "b s h i"], match: Match, grid: VideoGrid) -> Float[Array, "b p h i"]:
@@ -95,10 +98,12 @@ def unpool(y: Float[Array, "b p h i"], match: Match, grid: VideoGrid) -> Float[A
     """The S outputs: a token's own where it attended, else that of its centre."""
     table = buckets(grid)
     if not table.whole:
-        y = jnp.take(y, table.back, axis=1, mode="clip")
+        y = jnp.take(y, bucket_table(grid, "back"), axis=1, mode="clip")
     y = _pick(y.reshape(y.shape[0], len(table.slots), -1, *y.shape[2:]), match.source)
     y = y.reshape(y.shape[0], -1, *y.shape[3:])
-    return y if table.contiguous else jnp.take(y, table.place, axis=1, mode="clip")
+    if table.contiguous:
+        return y
+    return jnp.take(y, bucket_table(grid, "place"), axis=1, mode="clip")
 
 
 def coreset(
@@ -150,8 +155,8 @@ def average(
     The paper's ablation, with cells of two tokens along one axis. Its code is not public: that q, k and v are
     all averaged, after norm and rotation, and that outputs are copied, is inferred (unverified).
     """
-    slots, place = cells(grid, cell)
-    at = np.maximum(slots, 0).ravel()
+    slots, place = cells_in_program(grid, cell)
+    at = jnp.maximum(slots, 0).ravel()
     there = (slots >= 0)[None, :, :, None, None]
 
     def mean(x):
@@ -184,7 +189,7 @@ def merge(
     paper's.
     """
     of_q, of_k = _matches(q, k, grid, shared)
-    there = (buckets(grid).slots >= 0)[None, :, :, None]
+    there = (bucket_table(grid, "slots") >= 0)[None, :, :, None]
     in_centre = lambda m: (m.source == 0) & there  # (b, g, m, h)
 
     def shrink(x, m):

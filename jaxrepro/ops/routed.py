@@ -62,9 +62,18 @@ def attention(
 ) -> Float[Array, "b s h i"]:
     """Attention of a video by one branch for all heads, or by a route: an array of one branch a head.
 
+        grid = VideoGrid.propose(video_grid.tokens(frames=117, height=720, width=1280))     # or tiles of your own
+        o = attention(q, k, v, grid, branch="sliding", text=jnp.array([77]))      # rows: 108,000 of video, then text
+
     Rows are the S tokens of the grid, in raster order (f, h, w) or in that of `video_grid.to_layout`
     (order="layout"), then text slots, of which the first text[b] are valid (None = all). q and k are normed
-    and rotated. A UserError names what does not fit.
+    and rotated; the scale is 1 / sqrt(i). Tiles, window, buckets and the share that is dropped are the grid's.
+    A UserError names what does not fit.
+
+    branches: other functions in place of full, coreset and sliding, in this order, such as
+    partial(coreset, shared=True) or partial(sliding, kernel="mosaic").
+    A branch has a gradient in q, k and v (picks of coreset attention are constants). A route is data, with one
+    program for all routes, and forward only; `mix` is for training.
     """
     check(q, grid, text)
     if order not in ("raster", "layout"):

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 from jaxrepro.config import UserError
 from jaxrepro.ops.attention import attend, attend_joint, attend_prefix, hide_padding
 from jaxrepro.ops.video_grid import VideoGrid, rectangles
+from jaxrepro.ops.video_places import counted, in_program
 
 
 def sliding_reference(
@@ -70,15 +71,16 @@ def sliding_groups(
     b, s, h, i = q.shape
     slots = s - grid.length
     classes, back = rectangles(grid, slots)
+    computed = lambda table: in_program(table, lambda: counted(table))
     gather = lambda x, index: jnp.take(x, index.ravel(), axis=1, mode="clip").reshape(
         -1, index.shape[1], h, i
     )
     rows = []
     for c in classes:
-        lengths = _lengths(c, b, slots, text)
-        o = attend_prefix(gather(q, c.queries), gather(k, c.keys), gather(v, c.keys), lengths)
+        lengths, queries, keys = _lengths(c, b, slots, text), computed(c.queries), computed(c.keys)
+        o = attend_prefix(gather(q, queries), gather(k, keys), gather(v, keys), lengths)
         rows.append(o.reshape(b, -1, h, i))
-    o = jnp.take(jnp.concatenate(rows, axis=1), back, axis=1, mode="clip")
+    o = jnp.take(jnp.concatenate(rows, axis=1), computed(back), axis=1, mode="clip")
     if not slots:
         return o
     return jnp.concatenate([o, attend_joint(q[:, grid.length :], k, v, grid.length, text)], axis=1)

@@ -29,16 +29,18 @@ import math
 from fractions import Fraction
 from functools import lru_cache
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
 from jaxrepro.config import UserError
+from jaxrepro.ops import video_places as places
 
 AXES = ("frames", "height", "width")
 PADDINGS = ("auto", "strict")
+TILE, TILES, BUCKET = (6, 9, 8), (4, 5, 5), (2, 3, 2)  # see `VideoGrid.propose`
 
 
 def tokens(frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -97,8 +99,33 @@ class VideoGrid:
                 for axis, n, part in zip(AXES, self.size, getattr(self, name)):
                     if n % part:
                         raise UserError(
-                            f'{axis}: {n} tokens do not divide by a {name} of {part}; take a divisor, or padding="auto"'
+                            f"{axis}: {n} tokens do not divide by a {name} of {part}; "
+                            f'take {_nearest(n, part, n)}, or padding="auto"'
                         )
+
+    @classmethod
+    def propose(
+        cls,
+        size: tuple[int, int, int],
+        *,
+        window: tuple[int, int, int] = (3, 3, 3),
+        rate: float = 0.5,
+        padding: str = "auto",
+    ) -> "VideoGrid":
+        """A grid whose tiles and buckets are near the published ones, and divide where they can.
+
+        Along each axis a tile is the divisor nearest to 6 frames, 9 rows, 8 columns that leaves at least 4, 5
+        and 5 tiles, so that 3 of them are few. That gives the tiles of VORTA for HunyuanVideo (30, 45, 80) and
+        Wan 2.1 14B (20, 45, 80); no rule is published, so this one is inferred. A bucket is likewise near
+        (2, 3, 2). "auto" cuts tiles and buckets where a size has no divisor within a factor of 2 (1.5 of
+        buckets); "strict" takes the nearest there is, and may give tiles of one token.
+        """
+        grid = cls(size, (1, 1, 1), window, (1, 1, 1), 0.0, padding)  # checks the size
+        tile, bucket = [], []
+        for n, at, tiles, of in zip(grid.size, TILE, TILES, BUCKET):
+            tile.append(_part(n, at, max(n // tiles, 1), 2, padding))
+            bucket.append(_part(n, of, n, 1.5, padding))
+        return cls(size, tuple(tile), window, tuple(bucket), rate, padding)
 
     @property
     def length(self) -> int:
@@ -124,6 +151,14 @@ class VideoGrid:
     def inverse(self) -> np.ndarray:
         """(S,) place in the layout of each token in raster order."""
         return _layout(self)[1]
+
+    def to_layout(self, x: Shaped[Array, "b s ..."]) -> Shaped[Array, "b s ..."]:
+        """Rows from raster order to the order of the layout; what follows the S video tokens stays."""
+        return to_layout(x, self)
+
+    def to_raster(self, x: Shaped[Array, "b s ..."]) -> Shaped[Array, "b s ..."]:
+        """Rows from the order of the layout to raster order; what follows the S video tokens stays."""
+        return to_raster(x, self)
 
     @property
     def flops(self) -> tuple[float, float, float]:
@@ -160,12 +195,29 @@ class VideoGrid:
         return tuple(axes)
 
 
+def _nearest(n, wanted, most):
+    """The divisor of n up to `most` whose ratio to `wanted` is nearest to 1."""
+    found = [d for d in range(1, most + 1) if n % d == 0]
+    return min(found, key=lambda d: max(d / wanted, wanted / d))
+
+
+def _part(n, wanted, most, factor, padding):
+    """Size of a tile or bucket along an axis of n tokens."""
+    divisor, free = _nearest(n, wanted, most), min(wanted, most)
+    near = max(divisor / free, free / divisor) <= factor
+    return divisor if near or padding == "strict" else free
+
+
 class Rectangles(NamedTuple):
     """Windows that equally many query tiles share, as dense attention of g rectangles. Places are of the layout."""
 
     tiles: int  # query tiles of each
-    queries: np.ndarray  # (g, rows) places of query tokens; rows past the end repeat place 0
-    keys: np.ndarray  # (g, s) places of key tokens, then of all text slots; the rest repeat place 0
+    queries: (
+        np.ndarray
+    )  # (g, rows) places of query tokens; rows past the end count on, maybe past all places
+    keys: (
+        np.ndarray
+    )  # (g, s) places of key tokens, then of all text slots; the rest counts on in the same way
     lengths: np.ndarray  # (g,) how many of the keys are video tokens
 
 
@@ -187,26 +239,16 @@ class Buckets(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _layout(grid: VideoGrid):
-    raster = np.arange(grid.length)
-    tile, bucket = _cell(grid, grid.tile), _cell(grid, grid.bucket)
-    nested = not any(t % b for t, b in zip(grid.tile, grid.bucket))
-    keys = (raster, _margin(grid, grid.bucket), bucket, tile) if nested else (raster, tile)
-    order = np.lexsort(keys)  # the last key counts most
-    return _fixed(order), _fixed(np.argsort(order))
+    order = _ravel_order(grid, np.arange(grid.length))
+    return _fixed(order), _fixed(_inverse(grid, np.arange(grid.length)))
 
 
-def _cell(grid, part):
-    """(S,) number of the cell of shape `part` that each token, in raster order, lies in."""
-    at = np.indices(grid.size).reshape(3, -1) // np.reshape(part, (3, 1))
-    return np.ravel_multi_index(at, [-(-n // p) for n, p in zip(grid.size, part)])
+def _ravel_order(grid, place):
+    return places.ravel(places.tokens_at(place, grid.size, grid.tile, grid.bucket), grid.size)
 
 
-def _margin(grid, part):
-    """(S,) whether each token, in raster order, is not the centre of its cell, or of what is left of it."""
-    size, part = np.reshape(grid.size, (3, 1)), np.reshape(part, (3, 1))
-    at = np.indices(grid.size).reshape(3, -1)
-    left = np.minimum(part, size - at // part * part)
-    return (at % part != left // 2).any(0)
+def _inverse(grid, raster):
+    return places.places_of(places.unravel(raster, grid.size), grid.size, grid.tile, grid.bucket)
 
 
 def _fixed(x):
@@ -217,33 +259,72 @@ def _fixed(x):
 
 @lru_cache(maxsize=64)
 def cells(grid: VideoGrid, part: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Cells of shape `part` with m slots each, in the order of the layout, and where each token went.
+    """Cells of shape `part` with m slots each, and where each token went.
 
     (G, m) place in the layout of each slot, the centre's first, missing ones last and -1; (S,) slot, counted
     through all cells, of each place of the layout.
     """
-    cell, m = _cell(grid, part), math.prod(part)
-    tokens = np.lexsort((np.arange(grid.length), _margin(grid, part), cell))
-    count = np.bincount(cell)
-    slots = np.full((len(count), m), -1)
-    slots[np.arange(m) < count[:, None]] = grid.inverse[tokens]
-    slots = slots[np.argsort(slots[:, 0])]
-    place = np.empty(grid.length, np.int64)
-    place[slots[slots >= 0]] = np.flatnonzero(slots >= 0)
-    return _fixed(slots), _fixed(place)
+    return tuple(map(_fixed, _cells(grid, part, np)))
+
+
+def _cells(grid, part, xp):
+    sizes, m = (grid.size, grid.tile, grid.bucket, part), math.prod(part)
+    cell, j = xp.arange(math.prod(-(-n // p) for n, p in zip(grid.size, part))), xp.arange(m)
+    at, count = places.cell_slots(cell[:, None], j, *sizes)
+    return xp.where(j < count, at, -1), places.slots_at(xp.arange(grid.length), *sizes)
+
+
+def cells_in_program(grid: VideoGrid, part: tuple[int, int, int]) -> tuple[Any, Any]:
+    """`cells` as a program reads them: computed where they are large."""
+    slots, place = cells(grid, part)
+    return tuple(
+        places.in_program(table, lambda j=j: _cells(grid, part, jnp)[j])
+        for j, table in enumerate((slots, place))
+    )
 
 
 @lru_cache(maxsize=64)
 def buckets(grid: VideoGrid) -> Buckets:
     """The buckets of a grid, and the rows that coreset attention attends to."""
     slots, place = cells(grid, grid.bucket)
-    kept = np.maximum([grid.kept(int(n)) for n in (slots >= 0).sum(1)], 0)
+    kept = _kept(grid)[(slots >= 0).sum(1)]
     exists = np.arange(1 + kept.max()) <= kept[:, None]
-    number = np.cumsum(exists).reshape(exists.shape) - 1
-    back = np.where(exists, number, number[:, :1]).ravel()
     contiguous = bool((slots.ravel() == np.arange(slots.size)).all())
     rows = _fixed(np.flatnonzero(exists))
-    return Buckets(slots, place, _fixed(kept), rows, _fixed(back), contiguous, bool(exists.all()))
+    return Buckets(
+        slots, place, kept, rows, _fixed(_back(exists, np)), contiguous, bool(exists.all())
+    )
+
+
+def _kept(grid):
+    """Margins that stay of a bucket of so many tokens, from none to all."""
+    return _fixed([max(grid.kept(n), 0) for n in range(1 + math.prod(grid.bucket))])
+
+
+def _back(exists, xp):
+    number = xp.cumsum(exists.ravel()).reshape(exists.shape) - 1
+    return xp.where(exists, number, number[:, :1]).ravel()
+
+
+def bucket_table(grid: VideoGrid, name: str) -> Any:
+    """A field of `buckets` as a program reads it: computed where it is large; `kept` (1,) where all are equal."""
+    table = buckets(grid)
+    if name == "kept" and (table.kept == table.kept[0]).all():
+        return table.kept[:1]
+
+    def compute():
+        slots, place = _cells(grid, grid.bucket, jnp)
+        if name in ("slots", "place"):
+            return slots if name == "slots" else place
+        kept = jnp.asarray(_kept(grid))[jnp.sum(slots >= 0, axis=1)]
+        if name == "kept":
+            return kept
+        exists = jnp.arange(1 + int(table.kept.max())) <= kept[:, None]
+        if name == "back":
+            return _back(exists, jnp)
+        return jnp.flatnonzero(exists, size=len(table.rows))
+
+    return places.in_program(getattr(table, name), compute)
 
 
 class Window(NamedTuple):
@@ -320,19 +401,48 @@ def rectangles(grid: VideoGrid, text: int = 0) -> tuple[tuple[Rectangles, ...], 
 
 def _padded(rows):
     width = max(map(len, rows))
-    return _fixed([np.pad(r, (0, width - len(r))) for r in rows])
+    return _fixed([np.concatenate([r, r[-1] + 1 + np.arange(width - len(r))]) for r in rows])
 
 
 def to_layout(x: Shaped[Array, "b s ..."], grid: VideoGrid) -> Shaped[Array, "b s ..."]:
     """Rows of tokens from raster order to the order of the layout; what follows the S video tokens stays."""
-    return _reorder(x, grid, grid.order)
+    return _reorder(x, grid, False)
 
 
 def to_raster(x: Shaped[Array, "b s ..."], grid: VideoGrid) -> Shaped[Array, "b s ..."]:
     """Rows of tokens from the order of the layout to raster order; what follows the S video tokens stays."""
-    return _reorder(x, grid, grid.inverse)
+    return _reorder(x, grid, True)
 
 
-def _reorder(x, grid, index):
-    rest = np.arange(grid.length, x.shape[1], dtype=np.int32)
-    return jnp.take(x, np.concatenate([index, rest]), axis=1, mode="clip")
+def _reorder(x, grid, back):
+    s = grid.length
+    if x.shape[1] < s:
+        raise UserError(
+            f"{x.shape[1]} rows are fewer than the {s} tokens of grid {grid.size}; give all of them"
+        )
+    if places.divides(grid.tile, grid.size):
+        y = _transposed(x[:, :s], grid, back)
+    else:
+        table, compute = (grid.inverse, _inverse) if back else (grid.order, _ravel_order)
+        index = places.in_program(table, lambda: compute(grid, jnp.arange(s)))
+        y = jnp.take(x, index, axis=1, mode="clip", unique_indices=True)
+    return y if x.shape[1] == s else jnp.concatenate([y, x[:, s:]], axis=1)
+
+
+def _transposed(x, grid, back):
+    """`_reorder` where no tile is cut: axes change places, and inside whole buckets the centre comes first."""
+    shape = (len(x), *x.shape[2:])
+    nested = places.divides(grid.bucket, grid.tile)
+    part = grid.bucket if nested else (1, 1, 1)
+    split = [n for t, p, whole in zip(grid.tile, part, grid.size) for n in (whole // t, t // p, p)]
+    outer, inner, last = ([1 + 3 * a + level for a in range(3)] for level in range(3))
+    turn = [0, *outer, *inner, *last, *range(10, 9 + x.ndim - 1)]
+    m = math.prod(part)
+    slots = places.unslot(np.arange(m), part) if nested else np.arange(1)
+    if not back:
+        x = x.reshape(shape[0], *split, *shape[1:]).transpose(turn)
+        x = x.reshape(shape[0], -1, m, *shape[1:])
+        return jnp.take(x, slots, axis=2).reshape(shape[0], -1, *shape[1:])
+    x = jnp.take(x.reshape(shape[0], -1, m, *shape[1:]), np.argsort(slots), axis=2)
+    x = x.reshape(shape[0], *(split[a - 1] for a in turn[1:10]), *shape[1:])
+    return x.transpose(np.argsort(turn)).reshape(shape[0], -1, *shape[1:])

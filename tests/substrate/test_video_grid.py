@@ -2,17 +2,23 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import video_oracle as oracle
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxrepro.config import UserError
+from jaxrepro.ops import video_places
 from jaxrepro.ops.sliding import window_mask
 from jaxrepro.ops.video_grid import (
     VideoGrid,
+    bucket_table,
     buckets,
+    cells,
+    cells_in_program,
     rectangles,
     to_layout,
     to_raster,
@@ -140,13 +146,87 @@ def test_reordering_and_back_changes_nothing_and_leaves_text_alone():
     np.testing.assert_array_equal(to_raster(y, grid), x)
 
 
+@pytest.mark.parametrize(
+    "grid",
+    [
+        VideoGrid((4, 6, 4), (2, 3, 4)),  # buckets fill tiles
+        VideoGrid((6, 6, 4), (3, 3, 4)),  # they do not
+        VideoGrid((5, 7, 3), (4, 3, 2)),  # both are cut
+    ],
+)
+def test_what_a_program_computes_of_a_layout_is_its_tables(grid, monkeypatch):
+    monkeypatch.setattr(video_places, "SMALL", -1)
+    table = buckets(grid)
+    names = ("slots", "place", "kept", "rows", "back")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, grid.length + 3)), jnp.float32)
+
+    @jax.jit
+    def run(x):
+        found = [bucket_table(grid, name) for name in names]
+        return found, cells_in_program(grid, (2, 1, 1)), to_layout(x, grid), to_raster(x, grid)
+
+    found, pairs, there, back = run(x)
+    for name, one in zip(names, found):
+        want = getattr(table, name)
+        np.testing.assert_array_equal(jnp.broadcast_to(one, want.shape), want, err_msg=name)
+    for one, want in zip(pairs, cells(grid, (2, 1, 1))):
+        np.testing.assert_array_equal(one, want)
+    rest = [*range(grid.length, grid.length + 3)]
+    np.testing.assert_array_equal(there, x[:, [*grid.order, *rest]])
+    np.testing.assert_array_equal(back, x[:, [*grid.inverse, *rest]])
+
+
+@pytest.mark.parametrize("text", [0, 5])
+@pytest.mark.parametrize("grid", [VideoGrid((6, 9, 8), (2, 3, 2)), VideoGrid((7, 9, 8), (2, 4, 3))])
+def test_tables_of_windows_are_computed_from_a_few_jumps(grid, text, monkeypatch):
+    monkeypatch.setattr(video_places, "WIDTH", 32)
+    classes, back = rectangles(grid, text)
+    for table in (back, *(x for c in classes for x in (c.queries, c.keys))):
+        made = video_places.counted(table)
+        assert isinstance(made, jnp.ndarray)
+        np.testing.assert_array_equal(made, table)
+
+
+def test_a_table_without_order_stays_a_table():
+    table = np.random.default_rng(0).permutation(1000).astype(np.int32)
+    assert video_places.counted(table) is table
+
+
+@pytest.mark.parametrize(
+    ("size", "tile", "bucket"),
+    [
+        ((30, 45, 80), (6, 9, 8), (2, 3, 2)),  # published, as the next
+        ((20, 45, 80), (5, 9, 8), (2, 3, 2)),
+        ((30, 48, 80), (6, 8, 8), (2, 3, 2)),  # arXiv:2502.04507
+        ((20, 30, 52), (5, 6, 4), (2, 3, 2)),
+        ((21, 45, 80), (3, 9, 8), (3, 3, 2)),
+        ((31, 68, 120), (6, 9, 8), (2, 4, 2)),  # 31 frames, 68 rows: the last tiles are cut
+    ],
+)
+def test_a_proposed_grid_is_the_published_one_where_there_is_one(size, tile, bucket):
+    grid = VideoGrid.propose(size)
+    assert (grid.tile, grid.bucket, grid.window) == (tile, bucket, (3, 3, 3))
+    if grid.exact:
+        assert VideoGrid.propose(size, padding="strict").tile == tile
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.tuples(*[st.integers(1, 90)] * 3))
+def test_any_size_has_a_proposal_and_a_strict_one_divides(size):
+    assert all(t <= n for t, n in zip(VideoGrid.propose(size, rate=0.0).tile, size))
+    assert VideoGrid.propose(size, rate=0.0, padding="strict").exact
+
+
 GOOD = {"size": (4, 6, 4), "tile": (2, 3, 2)}
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"size": (5, 6, 4)}, r"frames: 5 tokens do not divide by a tile of 2"),
+        (
+            {"size": (5, 6, 4)},
+            r'frames: 5 tokens do not divide by a tile of 2; take 1, or padding="auto"',
+        ),
         ({"size": (4, 6, 5)}, r"width: 5 tokens do not divide by a tile of 2"),
         ({"bucket": (2, 4, 2)}, r"height: 6 tokens do not divide by a bucket of 4"),
         ({"window": (3, 2, 3)}, r"window of 2 tiles along height must be odd; take 1 or 3"),
