@@ -51,6 +51,56 @@ def test_every_branch_is_its_definition_in_raster_order(qkv):
         np.testing.assert_allclose(got[0], want[name], rtol=0, atol=1e-5)
 
 
+def dense_reference(branch, q, k, v, valid, data):
+    """A row in raster order: softmax over all pairs under a mask; of coreset attention, between the picks of data."""
+    n = GRID.length
+    if branch != "coreset":
+        pairs = oracle.window_pairs(GRID.size, GRID.tile, GRID.window)
+        see = oracle.joint(pairs if branch == "sliding" else np.ones((n, n), bool), 2, valid)
+        return masked(q, k, v, see)
+    heads = []
+    for h in range(HEADS):
+        of_q, of_k = (
+            oracle.picks(x[0, :n, h], GRID.size, GRID.bucket, GRID.kept) for x in data[:2]
+        )
+        words = [*range(n, n + valid)]
+        rows, keys = ([t for c, m, _ in p for t in (c, *m)] + words for p in (of_q, of_k))
+        source = np.zeros(n + 2, int)  # the row whose output each token takes
+        source[rows] = np.arange(len(rows))
+        for c, _, dropped in of_q:
+            source[dropped] = source[c]
+        one = slice(h, h + 1)
+        see = np.ones((len(rows), len(keys)), bool)
+        o = masked(q[np.array(rows), one], k[np.array(keys), one], v[np.array(keys), one], see)[
+            source
+        ]
+        heads.append(jnp.where((np.arange(n + 2) < n + valid)[:, None, None], o, 0))
+    return jnp.concatenate(heads, axis=1)
+
+
+def masked(q, k, v, see):
+    logits = jnp.where(see, jnp.einsum("thi,shi->hts", q, k) / np.sqrt(q.shape[-1]), -1e30)
+    weights = jax.nn.softmax(logits) * see.any(1)[:, None]
+    return jnp.einsum("hts,shi->thi", weights, v)
+
+
+@pytest.mark.parametrize("branch", list(Branch.__members__))
+def test_the_gradient_of_a_branch_is_that_of_its_dense_reference(branch):
+    valid = 1
+    data = oracle.draw(3, GRID.size, h=HEADS, text=2)
+    weight = oracle.draw(4, GRID.size, h=HEADS, text=2)[0]
+    with oracle.float64():
+        qkv = tuple(map(jnp.asarray, data))
+        ours = partial(attention, grid=GRID, branch=branch, text=jnp.asarray([valid]))
+        loss = lambda f, *qkv: jnp.vdot(weight, f(*qkv).reshape(weight.shape))
+        got = jax.jit(jax.grad(partial(loss, ours), argnums=(0, 1, 2)))(*qkv)
+        dense = lambda *qkv: dense_reference(branch, *(x[0] for x in qkv), valid, data)
+        want = jax.jit(jax.grad(partial(loss, dense), argnums=(0, 1, 2)))(*qkv)
+        for a, b in zip(got, want):
+            assert np.abs(b).max() > 0.1
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
 def test_any_route_is_the_direct_computation_by_one_program(qkv, direct):
     traces = []
 
