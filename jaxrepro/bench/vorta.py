@@ -8,7 +8,8 @@ where it says nothing about speed. Results are kept as soon as a table exists, i
     numerics    rows of three windows against float32, on this device; nothing wrong is timed
     a layer     dense attention, sliding by window groups, coreset attention; all heads, and one, four, eight
     its parts   of coreset attention: match, pool, attend, unpool
-    a step      dense, routed with all heads full, and half coreset, half sliding; with PAB where the tree has it
+    a step      dense, routed with all heads full, and half coreset, half sliding, and with PAB
+    a video     its 50 steps as a projection from one: dense, routed, with the steps that PAB reuses, six steps
     kernel      sliding by the Pallas kernel: numerics, then time. Last, since it may bring the process down
 
     effective FLOP/s = 4 pairs heads head_dim / seconds,   pairs = query and key tokens that the definition joins
@@ -102,6 +103,9 @@ SHAPES = {
 }
 GPU_SHAPE = "video"
 CHUNK = 4  # heads that a branch computes at once
+MIXED = "routed, coreset and sliding"
+KEPT, REUSED = "routed, with PAB, computing", "routed, with PAB, reusing"
+STEPS, FEW = 50, 6  # of HunyuanVideo's sampler, and of a distilled model
 
 
 def inputs(shape: Mapping[str, Any], layer: Mapping[str, Any], heads: int) -> tuple[Any, ...]:
@@ -263,8 +267,11 @@ def step_table(shape: Mapping[str, Any], rounds: int, notes: list[str]) -> list[
     rng = np.random.default_rng(0)
     shuffled = [jnp.asarray(rng.permuted(mixed, axis=1)) for _ in range(one["routes"])]
 
+    programs = []
+
     def compiled(name, f, *arguments, donate=()):
         run = jax.jit(f, donate_argnums=donate).lower(*arguments).compile()
+        programs.append(name)
         if (memory := run.memory_analysis()) is not None:
             notes.append(
                 f"a step, {name}: {memory.argument_size_in_bytes / 2**30:.2f} GiB of arguments, "
@@ -289,30 +296,49 @@ def step_table(shape: Mapping[str, Any], rounds: int, notes: list[str]) -> list[
         "routed, all heads full": lambda: jax.block_until_ready(
             runs["routed"](params, latents, full)
         ),
-        "routed, coreset and sliding": lambda: jax.block_until_ready(mixture()),
+        MIXED: lambda: jax.block_until_ready(mixture()),
     }
     for route in shuffled:
         jax.block_until_ready(runs["routed"](params, latents, route))
+    cases |= _kept(cfg, params, latents, shuffled[0], layer["text"], by_route, compiled)
     notes.append(
-        f"one compiled program ran {len(shuffled)} different routes; a program compiled beforehand cannot recompile"
+        f"compiled for a step: {len(programs)} programs ({', '.join(programs)}); the routed one ran "
+        f"{len(shuffled)} different routes, and a program compiled beforehand cannot recompile"
     )
-    cases |= _kept(cfg, params, latents, shuffled[0], layer["text"], by_route, compiled, notes)
     timings = harness.interleave(cases, rounds)
-    return [harness.group(f"{one['of']}: a step of the model", "s", timings, peers=[DENSE])]
+    return [
+        harness.group(f"{one['of']}: a step of the model", "s", timings, peers=[DENSE]),
+        projection(one["of"], timings),
+    ]
 
 
-def _kept(
-    cfg, params, latents, route, text, by_route, compiled, notes
-) -> dict[str, Callable[[], Any]]:
-    """Steps that compute and that reuse the outputs of attention (PAB), where the tree has it."""
+def projection(name: str, timings: Mapping[str, harness.Timing]) -> dict[str, Any]:
+    """Seconds of a whole video, by the seconds of its steps: dense, routed, with PAB, and in few steps."""
+    from jaxrepro.methods.vorta import caching
+    from jaxrepro.ops import flow
+
+    computes = caching.schedule(flow.euler(steps=STEPS).t)
+    reused = int((~computes).sum())
+    many = lambda *parts: harness.Timing(
+        0.0, tuple(np.sum([n * np.asarray(timings[case].seconds) for n, case in parts], axis=0))
+    )
+    cases = {
+        DENSE: many((STEPS, DENSE)),
+        "routed": many((STEPS, MIXED)),
+        f"routed, with PAB, {reused} steps reused": many((STEPS - reused, KEPT), (reused, REUSED)),
+        f"dense, {FEW} steps": many((FEW, DENSE)),
+        f"routed, {FEW} steps": many((FEW, MIXED)),
+    }
+    what = f"{name}: {STEPS} steps, a projection from the table of one step"
+    return harness.group(what, "s", cases, peers=[DENSE])
+
+
+def _kept(cfg, params, latents, route, text, by_route, compiled) -> dict[str, Callable[[], Any]]:
+    """Steps that compute and that reuse the outputs of attention (PAB)."""
     import jax
     import jax.numpy as jnp
 
-    try:
-        from jaxrepro.methods.vorta import caching
-    except ImportError:
-        notes.append("no table with PAB: this tree has none")
-        return {}
+    from jaxrepro.methods.vorta import caching
 
     def step(params, latents, route, computes, cache):
         around = caching.broadcast(computes)
@@ -328,8 +354,8 @@ def _kept(
         jax.block_until_ready((o, held["cache"]))
 
     return {
-        "routed, with PAB, computing": lambda: call(True),
-        "routed, with PAB, reusing": lambda: call(False),
+        KEPT: lambda: call(True),
+        REUSED: lambda: call(False),
     }
 
 
@@ -375,7 +401,7 @@ def bench(
             save(report)
 
     if jax.default_backend() == "cpu":
-        notes.append("sizes of a CPU: that everything runs, not how fast it is")
+        notes.append("sizes of a CPU: nothing is claimed about speed, only that everything runs")
     ok: dict[str, set[str]] = {}
     for name, layer in shape["layers"].items():
         data = inputs(shape, layer, min(2, layer["heads"]))

@@ -55,8 +55,20 @@ def test_a_table_is_kept_as_soon_as_it_is_there(monkeypatch):
     report = vorta.bench(SHAPE, 1, lambda report: kept.append(len(report.groups)))
     assert kept == [0, 3] and len(report.groups) == 3  # numerics, then a layer
     assert [g["unit"] for g in report.groups] == ["s", "effective TFLOP/s", "s"]
-    assert any("not how fast" in note for note in report.notes)
+    assert any("nothing is claimed about speed" in note for note in report.notes)
     assert any("needs a Hopper GPU: not run" in note for note in report.notes)
+
+
+def test_a_video_is_projected_from_its_steps():
+    # PAB computes every second step for 100 < t < 800 of 50 steps at shift 7: counted by hand from sigma(s)
+    sigma = [7 * s / (1 + 6 * s) for s in (1 - j / 50 for j in range(50))]
+    reused = sum(0.1 < x < 0.8 and j % 2 for j, x in enumerate(sigma))
+    seconds = {"dense": 10.0, vorta.MIXED: 4.0, vorta.KEPT: 5.0, vorta.REUSED: 1.0}
+    got = vorta.projection("x", {n: harness.Timing(9.0, (s, s)) for n, s in seconds.items()})
+    medians = [c["median"] for c in got["cases"]]
+    assert medians == [500, 200, 5 * (50 - reused) + reused, 60, 24]
+    assert f"{reused} steps reused" in got["cases"][2]["case"]
+    assert got["cases"][4]["ratio"]["median"] == pytest.approx(500 / 24)
 
 
 @pytest.mark.slow
@@ -64,8 +76,10 @@ def test_a_run_at_small_sizes_has_every_table():
     report = vorta.bench(vorta.SHAPES["small"], 1)
     whats = [g["what"] for g in report.groups]
     assert sum("parts of coreset" in w for w in whats) == 2
-    (step,) = [g for g in report.groups if "a step" in g["what"]]
+    step, video = report.groups[-2:]
     assert [c["case"] for c in step["cases"]][:2] == ["dense", "routed, all heads full"]
-    assert any("50 different routes" in note for note in report.notes)
+    assert "projection" in video["what"] and "steps reused" in video["cases"][2]["case"]
+    assert any("3 programs" in n and "50 different routes" in n for n in report.notes)
+    assert sum("GiB temporary" in note for note in report.notes) == 3
     assert not any("WRONG" in note for note in report.notes)
     assert all(np.isfinite(c["median"]) for g in report.groups for c in g["cases"])

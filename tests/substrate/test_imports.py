@@ -29,7 +29,9 @@ for name in sys.argv[2].split():
             f"{RARE} absl flax optax orbax",
             "jaxrepro.models.qwen2_vl jaxrepro.models.hf jaxrepro.models.gguf jaxrepro.rollout.generate "
             "jaxrepro.bench.grpo jaxrepro.methods.stepgrpo.objective jaxrepro.config "
-            "jaxrepro.bench.vorta jaxrepro.models.video_dit jaxrepro.ops.routed",
+            "jaxrepro.bench.vorta jaxrepro.models.video_dit jaxrepro.ops.routed "
+            # what it imports in its functions
+            "jaxrepro.bench._video_numerics jaxrepro.methods.vorta.caching jaxrepro.ops.flow jaxrepro.ops.sliding",
         ),
         # optax itself imports absl
         (
