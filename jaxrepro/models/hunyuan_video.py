@@ -255,6 +255,8 @@ def _single(z, w, cfg, e, cos, sin, see, through):
     (o,), state = through(module)
     n = o.shape[-1]
     m = gelu(affine(y, w["fc1"]))
+    # a product each: [o; m] would be an activation of all heads and all of the mlp, which a mesh splits
+    # differently; so only rows of the weight change places
     kernel = w["out"]["kernel"]
     both = dense(o, kernel[:n]) + dense(m, kernel[n:]) + w["out"]["bias"].astype(z.dtype)
     return add(z, gate, both), state
