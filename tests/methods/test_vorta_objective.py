@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxrepro.config import UserError
 from jaxrepro.methods.vorta import objective, router
-from jaxrepro.methods.vorta.objective import Batch, Errors
+from jaxrepro.methods.vorta.objective import Batch, Terms
 from jaxrepro.models import video_dit
 from jaxrepro.models.video_dit import Condition
 from jaxrepro.ops.video_grid import VideoGrid
@@ -107,7 +107,7 @@ def test_the_penalty_is_a_sum_over_blocks_and_a_mean_over_heads():
 
 
 def test_below_200_the_diffusion_loss_hands_its_weight_over():
-    e = Errors(*(jnp.full(3, x) for x in (1.0, 0.1, 10.0, 0.01)))
+    e = Terms(*(jnp.full(3, x) for x in (1.0, 0.1, 10.0, 0.01)))
     t = jnp.array([200.0, 199.0, 1.0])
     with_hidden = objective.combine(e, t, hidden=5.0)
     np.testing.assert_allclose(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrepro.config import UserError
 from jaxrepro.methods.vorta import planted
 
 
@@ -13,20 +14,22 @@ def grams():
     return jnp.stack([planted.gram(planted.heads(seed)) for seed in range(5)])
 
 
-def trained(grams, reg):
+def trained(grams, reg, steps=100):
     keys = jnp.stack([jax.random.key(seed) for seed in range(len(grams))])
-    fn = jax.vmap(lambda key, g, reg: planted.recovered(planted.train(key, g, reg)))
+    train = lambda key, g, reg: planted.recovered(planted.train(key, g, reg, steps=steps))
+    fn = jax.vmap(train)
     return np.asarray(jax.jit(fn)(keys, grams, jnp.full(len(grams), reg)))
 
 
-# Section 9(a) of the plan: local 2e-4 to 5e-4 by sliding and about 0.8 by coreset; smooth 0.8 to 0.9 and 0; fine 0.6, 1.
+# The windows hold 0.42 of the keys. Full attention puts nearly all of a local head's weight there, and 0.42 of a fine one's
+# at best in expectation; values have variance 1, so that losing a key that has all the weight costs up to 1 or 2.
 def test_each_head_has_the_branch_that_was_planted(grams):
     error = np.asarray(jnp.diagonal(grams, axis1=2, axis2=3))  # (seeds, heads, branches)
     assert np.abs(error[..., 0]).max() == 0
     local, smooth, fine = error[:, [0, 1, 7]], error[:, [2, 3, 6]], error[:, 4:6]
-    assert local[..., 2].max() < 2e-3 and local[..., 1].min() > 0.5
+    assert local[..., 2].max() < 1e-3 and local[..., 1].min() > 0.5
     assert smooth[..., 1].max() < 1e-6 and smooth[..., 2].min() > 0.6
-    assert fine[..., 1].min() > 0.6 and fine[..., 2].min() > 0.3
+    assert fine[..., 1].min() > 0.9 and fine[..., 2].min() > 0.5
 
 
 def test_all_six_static_heads_are_recovered_in_five_of_five_seeds(grams):
@@ -37,8 +40,9 @@ def test_all_six_static_heads_are_recovered_in_five_of_five_seeds(grams):
 
 def test_the_head_that_switches_in_time_is_recovered_in_five_of_five_seeds(grams):
     assert trained(grams, 1.0).all()
+    half = trained(grams, 0.5)
     # half of that leaves the switching head at full attention in some seeds, for some times
-    assert trained(grams, 0.5)[..., :6].all()
+    assert half[..., :6].all() and half[..., 6].all(1).mean() >= 0.6
 
 
 def test_without_a_penalty_heads_drift_to_full(grams):
@@ -58,3 +62,25 @@ def test_the_gram_matrix_gives_the_loss_of_the_real_mixture():
 def test_the_real_mixture_recovers_all_routes():
     params = planted.train(jax.random.key(0), planted.heads(0), 1.0, mixture=True)
     assert planted.recovered(params).all()
+
+
+@pytest.mark.slow
+def test_how_often_all_seven_are_recovered_in_twenty_seeds():
+    """The numbers of the method's README."""
+    grams = jnp.stack([planted.gram(planted.heads(seed)) for seed in range(20)])
+    right = lambda *how: int(trained(grams, *how).all((1, 2)).sum())
+    assert 14 <= right(0.5) < 20
+    assert right(0.5, 400) == 20
+    assert [right(reg) for reg in (1.0, 2.0, 5.0)] == [20, 20, 20]
+
+
+def test_runs_of_other_seeds_plant_other_heads(monkeypatch):
+    planted_, made = [], planted.heads(0)
+    monkeypatch.setattr(planted, "heads", lambda seed: planted_.append(seed) or made)
+    monkeypatch.setattr(planted, "gram", lambda _: jnp.zeros((8, 3, 3)))
+    monkeypatch.setattr(planted, "train", lambda *_: {})
+    monkeypatch.setattr(planted, "recovered", lambda _: planted.right() == 1)
+    assert planted.study(2, first=6)["planted/static"] == 0
+    assert planted_ == [6, 7]
+    with pytest.raises(UserError, match="0 seeds from 3 on"):
+        planted.study(0, first=3)

@@ -105,10 +105,19 @@ def test_a_cost_that_a_control_cannot_have_is_refused():
 def test_a_search_gives_full_heads_where_they_save_most():
     start = table_of(shape=(1, 1, 4))
     errors = np.array([[[[0, 0.5, 0.1], [0, 0.2, 0.3], [0, 0.9, 0.8], [0, 0.05, 0.06]]]])
-    assert routes.searched(start, errors, full=1).table.tolist() == [[[2, 1, 0, 1]]]
-    assert routes.searched(start, errors, full=0).table.tolist() == [[[2, 1, 2, 1]]]
-    with pytest.raises(UserError, match="errors of shape"):
-        routes.searched(start, errors[..., :2])
+    at = lambda cost: routes.searched(start, errors, flops=(1.0, 0.25, 0.25), cost=cost).table
+    assert at(1.75 / 4).tolist() == [[[2, 1, 0, 1]]]
+    assert at(0.25).tolist() == [[[2, 1, 2, 1]]]
+
+
+def test_a_tau_cannot_move_heads_to_a_branch_that_is_left_out():
+    make = lambda tau: routes.make({}, {}, WAN, [500.0], model="x", without=("full",), tau=tau)
+    with pytest.raises(
+        UserError, match=r"tau=0\.6 moves heads to full attention, which is left out"
+    ):
+        make(0.6)
+    with pytest.raises(UserError, match=r"gates of shape \(4, 6, 2\)"):
+        routes.choose(np.full((4, 6, 2), 0.5))
 
 
 def test_a_table_on_disk_reads_back_and_can_be_read_by_eye(tmp_path):
@@ -120,9 +129,6 @@ def test_a_table_on_disk_reads_back_and_can_be_read_by_eye(tmp_path):
     assert again.table.dtype == np.int8 and again.model == "wan_tiny"
     lines = json.loads((tmp_path / "routes.json").read_text())["routes"]
     assert lines[3][2] == "".join(map(str, given_.table[3, 2]))
-    text = routes.describe(routes.uniform(given_, "coreset"), FLOPS)
-    assert "10 steps (t 1000 to 100), 4 blocks, 6 heads" in text
-    assert "coreset  100.0%" in text and "0.250 of full" in text
 
 
 BROKEN = {

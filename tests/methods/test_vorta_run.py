@@ -11,13 +11,15 @@ import pytest
 from PIL import Image
 
 from jaxrepro import cli
+from jaxrepro import config as configuration
 from jaxrepro import sample as command
 from jaxrepro.config import UserError
-from jaxrepro.data import latents
+from jaxrepro.data import latents, video
 from jaxrepro.methods.vorta import drawing, evaluation, report, router_files, routes, run, setting
 from jaxrepro.models import video_dit
 from jaxrepro.ops import flow
-from jaxrepro.train import metrics
+from jaxrepro.train import memory, metrics
+from jaxrepro.train.loop import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 import vorta_tiny as tiny
@@ -61,10 +63,21 @@ def test_a_run_leaves_routes_routers_and_pictures(finished, cache):
     assert np.abs(saved["bias"] - fresh["bias"]).max() > 1e-3
 
 
-def test_errors_are_against_the_dense_video_at_costs_that_are_told(finished):
-    _, results = finished
+def test_errors_are_against_the_dense_video_at_costs_that_are_told(finished, cache):
+    folder, results = finished
+    # the same videos again, from the checkpoint and as files
+    made = Path(run.sample(tiny.config(cache), folder, n=2)[-1]).parent
+    dense, routed = (
+        latents.Latents(made / "latents" / name).arrays([0, 1])["latents"]
+        for name in ("dense", "routed")
+    )
+    error = np.square(dense - routed).mean()
+    assert error > 0 and results["test/routed/error"] == pytest.approx(error, rel=1e-5)
+    seen = [video.to_pictures(x).astype(float) for x in (dense, routed)]
+    psnr = [10 * np.log10(255**2 / np.square(a - b).mean()) for a, b in zip(*seen)]
+    assert results["test/routed/psnr"] == pytest.approx(np.mean(psnr), rel=1e-4)
+    assert "test/routed/ssim" not in results  # pictures of 8 x 8 pixels
     for name in ("routed", "random", "static", "all_sliding"):
-        assert results[f"test/{name}/error"] >= 0
         assert 0 < results[f"test/{name}/flops"] <= 1
     assert results["test/random/flops"] == pytest.approx(results["test/routed/flops"])
     assert results["test/all_sliding/flops"] == 0.25
@@ -94,6 +107,32 @@ def test_the_end_of_a_run_says_shares_work_and_a_prediction_that_is_called_one(f
     assert "coreset" in shares and f"of the model {results['work/model']:.3f}" in shares
     assert predicted.startswith("predicted, not measured")
     assert f"{1 / results['work/model']:.2f} times" in predicted
+
+
+def test_the_run_that_trains_the_model_has_it_as_all_others_do(tmp_path):
+    config = tiny.config(tmp_path / "c", model__dtype="bfloat16")
+    s = setting.prepare(config)
+    with Run(config, tmp_path / "w", show=()) as open_run:
+        mine = run.model(open_run, s)
+    others = run.load(s, setting.kept_at(s))
+    assert {x.dtype for x in jax.tree.leaves(mine)} == {jnp.dtype("bfloat16")}
+    jax.tree.map(np.testing.assert_array_equal, mine, others)
+
+
+def test_no_curve_moves_heads_to_a_branch_that_is_left_out(cache):
+    curve = dict(decode__taus=(0.6, 0.9))
+    assert evaluation.taus(tiny.config(cache, **curve)) == [0.3, 0.6, 0.9]
+    assert evaluation.taus(tiny.config(cache, **curve, router__without="full")) == [0.3]
+
+
+def test_a_dry_run_plans_the_stage_that_needs_more():
+    # 2 video models of float32 and two moments of each parameter, or routers beside a frozen bfloat16 model
+    at = lambda size, **change: run.plan(configuration.load(f"configs/vorta.py:{size}", change))
+    assert at("gpu").stage == "pretrain"
+    big = memory.estimate(at("gpu"))
+    assert big["optimiser moments"] > 2 * big["gradients"] * 0.99 > 6e8
+    assert at("paper_hunyuan").stage == "router"
+    assert memory.estimate(at("paper_hunyuan"))["total"] < 70e9  # of 80
 
 
 def test_the_model_is_trained_once_for_all_seeds_and_arms(finished, cache, tmp_path):
@@ -141,18 +180,18 @@ def test_guidance_leads_away_from_an_empty_text(finished, cache):
     folder, _ = finished
     config = tiny.config(cache, decode__guidance=3.0, decode__steps=1, decode__few=0)
     s, params, routers = run.trained(config, folder)
-    asked = run.sources.asked(config, s.cfg, s.grid, 1)
-    assert asked.empty is not None and not asked.empty.text.any()
+    prompts = run.sources.test_prompts(config, s.cfg, s.grid, 1)
+    assert prompts.empty is not None and not prompts.empty.text.any()
     table = evaluation.table_of(s, params, routers, 0.3)
-    x = drawing.sample(s, params, asked, drawing.way(config, "dense", table))
+    x = drawing.sample(s, params, prompts, drawing.way(config, "dense", table))
     # one step of Euler ends at noise - v, and v = v_empty + 3 (v_given - v_empty)
-    two = flow.both(asked.given, asked.empty)
-    x2, t = jnp.concatenate([asked.noise] * 2), jnp.full(2, 1000.0)
+    two = flow.both(prompts.given, prompts.empty)
+    x2, t = jnp.concatenate([prompts.noise] * 2), jnp.full(2, 1000.0)
     given, empty = jax.jit(lambda p: video_dit.apply(p, s.cfg, x2, t, two))(params)
-    want = np.asarray(asked.noise[0] - (empty + 3 * (given - empty)))
+    want = np.asarray(prompts.noise[0] - (empty + 3 * (given - empty)))
     np.testing.assert_allclose(x[0], want, atol=1e-4 * np.abs(want).max())
     assert np.abs(given - empty).max() > 1e-3
-    plain = run.sources.asked(tiny.config(cache), s.cfg, s.grid, 1)
+    plain = run.sources.test_prompts(tiny.config(cache), s.cfg, s.grid, 1)
     assert plain.empty is None
 
 
@@ -161,7 +200,7 @@ def test_sample_writes_videos_latents_and_routes_of_a_run(finished, cache, capsy
     words = [f"--workdir={folder}", "--prompt=red disc right slow", "--n=2", "--seed=1"]
     assert cli.guard(command.main, words) == 0
     printed = [Path(line) for line in capsys.readouterr().out.split()]
-    made = folder / "videos" / "0"
+    made = printed[0].parent
     assert sorted(printed) == sorted(made.iterdir())
     assert [p.name for p in printed if p.suffix == ".gif"] == [
         f"{i}-red-disc-right-slow-{way}.gif" for i in range(2) for way in ("dense", "routed")
@@ -223,6 +262,26 @@ def test_routers_from_a_file_are_evaluated_as_in_their_own_run(finished, cache, 
 
 
 @pytest.mark.slow
+def test_searched_tables_cost_the_same_and_coreset_is_coreset(finished, cache, tmp_path):
+    folder, _ = finished
+    names = ("searched", "windows", "coreset", "all_coreset", "average")
+    change = dict(steps=0, router__path=str(folder / "router.safetensors"), decode__controls=names)
+    change |= dict(decode__pab=0, decode__few=0)
+    found = run.run(tiny.config(cache, **change), tmp_path / "w")
+    other = run.run(tiny.config(cache, **change, router__coarse="average_frames"), tmp_path / "a")
+    for results in (found, other):
+        for name in ("searched", "coreset"):
+            key = f"test/{name}/flops"
+            assert key not in results or results[key] == pytest.approx(
+                results["test/routed/flops"], rel=0.02
+            )
+        assert results["test/all_coreset/flops"] == 0.25
+    assert other["test/all_coreset/error"] == pytest.approx(
+        found["test/all_coreset/error"], rel=1e-4
+    )
+
+
+@pytest.mark.slow
 def test_eight_devices_train_and_sample_as_one_does(cache, tmp_path, capsys):
     """Rows over four devices, tokens and heads over two (Ulysses)."""
     change = dict(eval__n=4, steps=2, router__without="full", decode__controls=("all_sliding",))
@@ -250,6 +309,10 @@ REFUSED = {
     "loss.power=3": {"loss__power": 3},
     "loss.reg=-1.0": {"loss__reg": -1.0},
     "decode.tau=1.5": {"decode__taus": (1.5,)},
+    "decode.tau=0.6 moves heads to full attention": {
+        "decode__tau": 0.6,
+        "router__without": "full",
+    },
     "decode.sampler='ddim'": {"decode__sampler": "ddim"},
     "decode.controls=best": {"decode__controls": ("best",)},
     "decode.few=5 steps of a grid of 4": {"decode__few": 5},

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrepro.config import UserError
-from jaxrepro.data import latents, video_clips, video_output
+from jaxrepro.data import clip_latents, latents, video_clips, video_output
 from jaxrepro.methods.vorta import run, setting, sources
 from jaxrepro.models import video_dit, video_files
 from jaxrepro.models.hunyuan_video import HunyuanVideoConfig
@@ -80,9 +80,9 @@ def test_clips_are_cut_in_time_and_their_components_come_from_the_training_part(
 
 def test_a_prompt_names_a_clip(clips, tmp_path):
     config = tiny.config(tmp_path, **CLIPS, data__clips=tuple(clips))
-    asked = sources.prompted(*parts(config), "b.mp4", n=2, seed=3)
-    assert asked.names == ["b.mp4"] * 2 and asked.given.text.argmax(-1).tolist() == [[1], [1]]
-    assert np.abs(asked.noise[0] - asked.noise[1]).max() > 1
+    prompts = sources.prompted(*parts(config), "b.mp4", n=2, seed=3)
+    assert prompts.names == ["b.mp4"] * 2 and prompts.given.text.argmax(-1).tolist() == [[1], [1]]
+    assert np.abs(prompts.noise[0] - prompts.noise[1]).max() > 1
     with pytest.raises(UserError, match=r"--prompt='c' is not one of data.clips: a.mp4, b.mp4"):
         sources.prompted(*parts(config), "c", n=1, seed=0)
 
@@ -113,6 +113,7 @@ def test_a_folder_gives_its_items_and_its_empty_text(tmp_path):
         data__kind="folder",
         data__path=str(tmp_path / "train"),
         data__test=str(tmp_path / "test"),
+        data__channels=4,
         decode__guidance=2.0,
         decode__empty="item 2",
     )
@@ -123,16 +124,17 @@ def test_a_folder_gives_its_items_and_its_empty_text(tmp_path):
         found.arrays["latents"], np.stack([items[i]["latents"] for i in order])
     )
     sources.ready(*parts(config))
-    asked = sources.asked(*parts(config), 2)
-    assert asked.names == ["item 0", "item 1"]
-    np.testing.assert_array_equal(asked.given.text[1], tests[1]["text"])
-    np.testing.assert_array_equal(asked.empty.text[1, :2], tests[2]["text"][:2])
-    assert not asked.empty.text[:, 2].any()  # not valid
+    prompts = sources.test_prompts(*parts(config), 2)
+    assert prompts.names == ["item 0", "item 1"]
+    np.testing.assert_array_equal(prompts.given.text[1], tests[1]["text"])
+    np.testing.assert_array_equal(prompts.empty.text[1, :2], tests[2]["text"][:2])
+    assert not prompts.empty.text[:, 2].any()  # not valid
     one = sources.prompted(*parts(config), "item 1", n=1, seed=0)
     np.testing.assert_array_equal(one.given.text[0], tests[1]["text"])
     assert sources.pictures(*parts(config), np.zeros((1, 4, 2, 8, 8), np.float32)) is None
     for change, text in (
         ({"decode.empty": "item 9"}, "decode.empty='item 9' is no item of"),
+        ({"decode.empty": None}, "name its item of data.test as decode.empty, or set decode.guid"),
         ({"grid.size": (4, 4, 4)}, "2 latent frames, 4 are asked for"),
         ({"grid.size": (2, 4, 8)}, "set grid.size"),
         ({"data.test": None}, "data.test is needed with data.kind=folder"),
@@ -145,6 +147,31 @@ def test_a_folder_gives_its_items_and_its_empty_text(tmp_path):
     config.data.test = str(tmp_path / "wide")
     with pytest.raises(UserError, match="texts are 22 wide, the model reads 21"):
         sources.ready(*parts(config))
+
+
+def test_a_command_makes_a_folder_of_clips(clips, tmp_path, capsys):
+    out = tmp_path / "made"
+    words = [str(out), "--clips", *clips, "--size", "2", "8", "8", "--patch", "2", "2", "2"]
+    assert clip_latents.main([*words, "--channels", "6"]) == 0
+    assert "28 to train, 8 to test" in capsys.readouterr().out
+    config = tiny.config(
+        tmp_path,
+        data__kind="folder",
+        data__path=str(out / "train"),
+        data__test=str(out / "test"),
+        data__channels=6,
+    )
+    sources.ready(*parts(config))
+    same = tiny.config(tmp_path, **CLIPS, data__clips=tuple(clips))
+    one, other = batch(config, "test", 8), batch(same, "test", 8)
+    for name in ("latents", "text"):
+        np.testing.assert_array_equal(one.arrays[name], other.arrays[name])
+    seen = [sources.pictures(*parts(c), one.arrays["latents"]) for c in (config, same)]
+    np.testing.assert_array_equal(*seen)
+    assert clip_latents.main(words) == 2  # it exists
+    assert clip_latents.main([str(tmp_path / "b"), *words[1:-1], "0"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 2
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.slow
@@ -191,3 +218,5 @@ def test_a_run_on_a_folder_and_a_model_of_hunyuan_video(tmp_path):
     kept = latents.Latents(Path(made[0]) / "few-routed")
     assert kept.model == "hunyuan" and kept.ids == ["0/item 1", "1/item 1"]
     assert kept[0]["length"] == 3 and kept[0]["pooled"].shape == (768,)
+    own = latents.Latents(tmp_path / "w" / "samples" / "videos" / "latents" / "dense")
+    assert own.ids == ["0/item 0", "1/item 1"] and own.shape == (16, 2, 8, 8)

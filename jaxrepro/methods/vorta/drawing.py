@@ -15,15 +15,16 @@ from jaxtyping import Bool, Float, Int
 
 from jaxrepro import sharding
 from jaxrepro.config import UserError
-from jaxrepro.methods.vorta import caching, router, routes, sampling, ulysses
+from jaxrepro.methods.vorta import caching, router, routes, sampling, search, ulysses
 from jaxrepro.methods.vorta.routes import Routes
 from jaxrepro.methods.vorta.setting import Setting
-from jaxrepro.methods.vorta.sources import Asked
+from jaxrepro.methods.vorta.sources import Prompts
 from jaxrepro.models.video_dit import Config
 from jaxrepro.ops import flow
 
 SAMPLERS = {"euler": flow.euler, "unipc": flow.unipc}
 WAYS = ("dense", "routed", "dense_pab", "routed_pab", "few/dense", "few/routed")
+WINDOWS = "windows"  # sliding attention with a larger window, in the place of coreset attention
 
 
 class Way(NamedTuple):
@@ -32,9 +33,7 @@ class Way(NamedTuple):
     table: Int[np.ndarray, "n l h"]
     few: bool = False
     cached: bool = False
-    coarse: str | None = (
-        None  # in the place of coreset attention; None = as the routers were trained
-    )
+    coarse: str | None = None  # second branch, of router.COARSE or WINDOWS; None = the routers' own
 
 
 def check(config: Any) -> None:
@@ -112,9 +111,20 @@ def way(config: Any, name: str, found: Routes) -> Way:
 # Work ---------------------------------------------------------------------------------------------
 
 
+def branches(s: Setting, coarse: str | None = None) -> tuple[Any, ...]:
+    """The functions of a way's branches; equal arguments give the same objects."""
+    if coarse is None:
+        return s.branches
+    if coarse == WINDOWS:
+        return search.windows(s.grid)
+    return router.branches(s.cfg, coarse=coarse, shared=s.config.router.shared)
+
+
 def flops(s: Setting, coarse: str | None = None) -> tuple[float, float, float]:
     """Work of each branch as a share of full attention; text of HunyuanVideo is left out."""
     full, middle, sliding = s.grid.flops
+    if coarse == WINDOWS:
+        return full, search.wide(s.grid).flops[2], sliding
     cell = router.COARSE[coarse or s.config.router.coarse]
     if cell is not router.COARSE["coreset"] and cell is not router.COARSE["merge"]:
         sides = cell.keywords["cell"]
@@ -155,18 +165,15 @@ def load(s: Setting, table: Int[np.ndarray, "n l h"]) -> Load | None:
 # Sampling -----------------------------------------------------------------------------------------
 
 
-def sample(s: Setting, params: Any, asked: Asked, way: Way) -> Float[np.ndarray, "b c f h w"]:
+def sample(s: Setting, params: Any, prompts: Prompts, way: Way) -> Float[np.ndarray, "b c f h w"]:
     """Latents on the host; UserError where a number is not finite."""
     config, parts = s.config, s.mesh.shape["sequence"]
     order = None
     if parts > 1:
         order, _ = ulysses.balance(way.table, parts=parts, costs=flops(s, way.coarse))
-    branches = s.branches
-    if way.coarse:
-        branches = router.branches(s.cfg, coarse=way.coarse, shared=config.router.shared)
-    rows = asked.noise, asked.given, asked.empty
+    rows = prompts.noise, prompts.given, prompts.empty
     if s.mesh.size > 1:
-        divides = len(asked.noise) % sharding.row_parts(s.mesh) == 0
+        divides = len(prompts.noise) % sharding.row_parts(s.mesh) == 0
         at = sharding.batch_sharding(s.mesh) if divides else sharding.replicated(s.mesh)
         rows = sharding.place(rows, at)
 
@@ -183,7 +190,7 @@ def sample(s: Setting, params: Any, asked: Asked, way: Way) -> Float[np.ndarray,
             scale=None if empty is None else config.decode.guidance,
             computes=computes(config) if way.cached else None,
             order=order,
-            branches=branches,
+            branches=branches(s, way.coarse),
         )
 
     x = np.asarray(sharding.fetch(sharding.on_mesh(s.mesh, run)(*rows)), np.float32)

@@ -54,8 +54,8 @@ class Batch(NamedTuple):
     condition: Condition
 
 
-class Errors(NamedTuple):
-    """What a video costs, one number each."""
+class Terms(NamedTuple):
+    """The terms of the loss of each video, before their weights."""
 
     diffusion: Float[Array, "b"]
     last: Float[Array, "b"]
@@ -111,7 +111,7 @@ def regulariser(g: Float[Array, "b l h n"], *, power: int = 2) -> Float[Array, "
 
 
 def combine(
-    errors: Errors,
+    terms: Terms,
     t: Float[Array, "b"],
     *,
     diff: float = 1.0,
@@ -130,8 +130,8 @@ def combine(
         late = t < rebalance
         shares = jnp.where(late, 0.0, 1.0), jnp.where(late, 1 + 1 / on, 1.0)
     own, other = shares
-    kept = last * errors.last + hidden * errors.hidden
-    return own * diff * errors.diffusion + reg * errors.reg + other * kept
+    kept = last * terms.last + hidden * terms.hidden
+    return own * diff * terms.diffusion + reg * terms.reg + other * kept
 
 
 def soft(
@@ -217,16 +217,16 @@ def loss(
     else:
         reference = jax.lax.stop_gradient(velocity(attend=dense(grid)))
         routed_velocity = velocity(attend=mixture)
-    errors = Errors(
+    terms = Terms(
         diffusion_error(routed_velocity, batch, target=target),
         _mean(jnp.square(routed_velocity - reference)),
         regulariser(g, power=power),
         apart,
     )
     each = combine(
-        errors, batch.t, diff=diff, reg=reg, last=last, hidden=hidden, rebalance=rebalance
+        terms, batch.t, diff=diff, reg=reg, last=last, hidden=hidden, rebalance=rebalance
     )
-    aux = {name: getattr(errors, name).sum() for name in ("diffusion", "last", "reg")}
+    aux = {name: getattr(terms, name).sum() for name in ("diffusion", "last", "reg")}
     aux["reference_diffusion"] = diffusion_error(reference, batch, target=target).sum()
     if hidden > 0:
         aux["hidden"] = apart.sum()

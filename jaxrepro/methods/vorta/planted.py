@@ -24,8 +24,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from jaxrepro.config import UserError
 from jaxrepro.methods.vorta import objective, router
-from jaxrepro.methods.vorta.objective import Errors
+from jaxrepro.methods.vorta.objective import Terms
 from jaxrepro.models.params import initialise
 from jaxrepro.models.video_parts import Aux, sinusoid
 from jaxrepro.ops import routed
@@ -38,7 +39,7 @@ GRID = VideoGrid((8, 12, 12), (2, 3, 3), window=(3, 3, 3), bucket=(2, 2, 2), rat
 FEATURES, VALUES, WIDTH = 64, 16, 96  # of q and k; of v; of the time's sinusoid
 SWITCH = 500.0  # t at which the last head changes
 HEADS = 7
-ASKED = (900.0, 700.0, 300.0, 100.0)  # times at which routes are checked
+CHECKED = (900.0, 700.0, 300.0, 100.0)  # times at which routes are checked
 
 
 class Heads(NamedTuple):
@@ -105,8 +106,8 @@ def _gates(params: Any, t: Float[Array, "b"]) -> Float[Array, "b 1 h 3"]:
 
 def _total(g, last, t, reg):
     """(loss_sum, weight_sum, aux) of the distillation errors `last` (b,)."""
-    errors = Errors(jnp.zeros_like(t), last, objective.regulariser(g), jnp.zeros_like(t))
-    each = objective.combine(errors, t, diff=0.0, reg=reg)
+    terms = Terms(jnp.zeros_like(t), last, objective.regulariser(g), jnp.zeros_like(t))
+    each = objective.combine(terms, t, diff=0.0, reg=reg)
     return each.sum(), jnp.asarray(len(t), jnp.float32), {"last": last.sum()}
 
 
@@ -172,31 +173,34 @@ def train(
 
 
 def chosen(params: dict[str, Array]) -> Int[Array, "n h"]:
-    """The branch of each head at the times `ASKED`."""
-    return _gates(params, jnp.array(ASKED))[:, 0].argmax(-1)
+    """The branch of each head at the times `CHECKED`."""
+    return _gates(params, jnp.array(CHECKED))[:, 0].argmax(-1)
 
 
 def right() -> Int[Array, "n h"]:
     """The branch that was planted, likewise."""
     still = [Branch.sliding] * 2 + [Branch.coreset] * 2 + [Branch.full] * 2
-    rows = [[*still, Branch.coreset if t > SWITCH else Branch.sliding] for t in ASKED]
+    rows = [[*still, Branch.coreset if t > SWITCH else Branch.sliding] for t in CHECKED]
     return jnp.array(rows, jnp.int32)
 
 
 def recovered(params: dict[str, Array]) -> Bool[Array, "n h"]:
-    """Whether each head took its branch, at each of the times `ASKED`."""
+    """Whether each head took its branch, at each of the times `CHECKED`."""
     return chosen(params) == right()
 
 
-def study(seeds: int = 5) -> dict[str, float]:
-    """Shares of seeds in which routes are found; of heads, where nothing pays for sparseness.
+def study(seeds: int = 5, *, first: int = 0) -> dict[str, float]:
+    """Shares of seeds, first, first + 1, ..., in which routes are found; of heads, where nothing pays for sparseness.
 
     static: all six heads at the paper's weights, 0.02 beside 20. switch: all seven at 1 beside 20; switch_half: at 0.5,
     where a seed in seven still has the last head at full for some time. paper_switch: the last head alone at the paper's
     weights. drift: the mean share of the six at weight 0, where all go to full attention, which has no error.
     """
-    grams = jnp.stack([gram(heads(seed)) for seed in range(seeds)])
-    keys = jnp.stack([jax.random.key(seed) for seed in range(seeds)])
+    if seeds < 1 or first < 0:
+        raise UserError(f"{seeds} seeds from {first} on: use 1 or more, from 0 or more")
+    which = range(first, first + seeds)
+    grams = jnp.stack([gram(heads(seed)) for seed in which])
+    keys = jnp.stack([jax.random.key(seed) for seed in which])
 
     @jax.vmap
     def found(key, grams, reg):

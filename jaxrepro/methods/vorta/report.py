@@ -1,25 +1,33 @@
-"""What a VORTA run leaves for a reader: its table, routers, moving pictures, and the curve of error over FLOPs."""
+"""What a VORTA run leaves for a reader: its table, routers, moving pictures, and the curve of error over FLOPs.
 
+routes.json, router.safetensors
+samples/routes.png, curve.png       the heat map; error over FLOPs
+        I-NAME.gif                  moving shapes and clips: videos of some ways beside each other
+        videos/                     a released model: latents/WAY, and with decode.vae a film of each video and way
+"""
+
+import shutil
 from typing import Any
 
 import numpy as np
 
 from jaxrepro.data import video_output
 from jaxrepro.files import whole, writing
-from jaxrepro.methods.vorta import analysis, router, router_files, routes, samples, sources
+from jaxrepro.methods.vorta import analysis, router, router_files, routes, samples
 from jaxrepro.methods.vorta.evaluation import Found
 from jaxrepro.methods.vorta.setting import Setting
 from jaxrepro.train.loop import Run
 
+# in films, from left to right
 SHOWN = ("dense", "routed", "routed_pab", "few/routed", "coreset", "sliding", "random")
-COLOURS = {"routed": "#b5480f", "coreset": "#1f5fa8", "sliding": "#2c7a4b", "random": "0.45"}
-COLOURS |= {"average": "#7a3b8f", "static": "#8a6d00"}
+COLOURS = analysis.COLOURS | {"routed": analysis.COLOURS["full"], "random": "0.45"}
+COLOURS |= {"average": "#7a3b8f", "static": "#8a6d00", "searched": "0.15", "windows": "#3f9c9c"}
 COLOURS |= {"all_coreset": "#7fa8d6", "all_sliding": "#8cc4a2"}
 GIFS = 4
 
 
 def write(run: Run, s: Setting, found: Found, routers: Any) -> None:
-    """routes.json, router.safetensors, and in samples/ the heat map, the curve and GIFs."""
+    """All of them, into the run's workdir."""
     routes.save(run.path("routes.json"), found.table)
     if routers is not None:
         router_files.save(run.path("router.safetensors"), routers, s.cfg)
@@ -28,13 +36,16 @@ def write(run: Run, s: Setting, found: Found, routers: Any) -> None:
     analysis.draw(heat, found.table.table, timesteps=found.table.t.tolist(), title=title)
     curve(run.path("samples/curve.png"), found.curve)
     names = [name for name in SHOWN if name in found.videos]
-    seen = [sources.pictures(s.config, s.cfg, s.grid, found.videos[name][:GIFS]) for name in names]
-    if seen[0] is None:
+    if s.config.data.kind == "folder":
+        folder = run.path("samples/videos")
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped while it wrote
+        videos = {name: found.videos[name] for name in names}
+        samples.save(s, folder, found.prompts, videos, found.pictures)
         return
-    height = seen[0].shape[2]
-    for i, text in enumerate(found.names[:GIFS]):
+    height = found.pictures["dense"].shape[2]
+    for i, text in enumerate(found.prompts.names[:GIFS]):
         path = run.path(f"samples/{i}-{samples.plain(text)}.gif")
-        films = [pictures[i] for pictures in seen]
+        films = [found.pictures[name][i] for name in names]
         video_output.write_gif(path, video_output.beside(films, names, scale=max(96 // height, 1)))
 
 
@@ -68,7 +79,14 @@ def lines(results: dict[str, float]) -> list[str]:
         name = key.removeprefix("test/").removesuffix("/error")
         if key == f"test/{name}/error" and not name.startswith("tau"):
             share = results[f"test/{name}/flops"]
-            found.append(f"{name:11} error {value:.5f} at {share:.3f} of full attention")
+            line = f"{name:11} error {value:.5f} at {share:.3f} of full attention"
+            likeness = ("psnr", "PSNR {:.1f} dB"), ("ssim", "SSIM {:.3f}")
+            parts = [
+                text.format(results[f"test/{name}/{k}"])
+                for k, text in likeness
+                if f"test/{name}/{k}" in results
+            ]
+            found.append(", ".join([line, *parts]))
     parts = (f"{name} {results[f'routes/{name}']:.1%}" for name in router.BRANCHES)
     line = f"routes: {', '.join(parts)} of heads"
     if "work/model" in results:

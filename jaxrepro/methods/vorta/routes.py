@@ -9,10 +9,9 @@ Heads that are kept are not scaled by their gate.
 
 The other tables here are what a router is compared with: one branch everywhere, full heads at random places, one route
 for all times, and the best table for given errors of each branch (how sliding-tile attention picks windows a head
-without training, arXiv:2502.04507; how many full heads it may take is ours).
+without training, arXiv:2502.04507; that its cost is given is ours).
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +42,11 @@ class Routes(NamedTuple):
 def choose(g: Any, *, tau: float = TAU) -> np.ndarray:
     """The branch of each head (..., l, h) int8 from gates (..., l, h, 3); UserError where a gate is not finite."""
     g = np.asarray(g, np.float32)
+    if g.ndim < 3 or g.shape[-1] != len(BRANCHES):
+        raise UserError(
+            f"gates of shape {g.shape}: (..., blocks, heads, {len(BRANCHES)}), one number for each of "
+            f"{', '.join(BRANCHES)}"
+        )
     if not 0 <= tau <= 1:
         raise UserError(f"tau={tau} must be in [0, 1]: below it the largest gate gives full")
     if not np.isfinite(g).all():
@@ -67,8 +71,13 @@ def make(
     timeless: bool = False,
     static: bool = False,
 ) -> Routes:
-    """The table of a sampler's times t (steps,). static: the gates' mean over t decides for all of them."""
+    """The table of a sampler's times t (steps,). static: the gates' mean over t decides for all of them.
+
+    UserError for a tau that would move heads to a branch that is left out.
+    """
     t = _times(t)
+    if "full" in without and tau > 0.5:  # the largest of two shares is at least a half
+        raise UserError(f"tau={tau} moves heads to full attention, which is left out; use 0 to 0.5")
     g = gates(
         router,
         video_dit.time_embedding(params, cfg, jnp.asarray(t)),
@@ -151,33 +160,47 @@ def random(
         more = np.cumsum(each[full] - each[table[order]]) / size
         found = fraction(table, flops) + np.concatenate([[0.0], more])
         n = int(np.abs(found - wanted).argmin())
-        if abs(found[n] - wanted) > EQUAL * wanted:
-            raise UserError(
-                f"heads of {', '.join(rest)} cost {found[0]:.3g} to {found[-1]:.3g} of full attention, not {wanted:.3g} "
-                f"within {EQUAL:.0%}; compare at another share"
-            )
+        _equal(found[n], wanted, (found[0], found[-1]), ", ".join(rest))
     table[order[:n]] = full
     return routes._replace(table=table.reshape(routes.table.shape))
 
 
-def searched(routes: Routes, errors: Any, *, full: int | None = None) -> Routes:
-    """The table of least error: each head's best branch but full, and full where that saves most.
+def _equal(found, wanted, between, names):
+    if abs(found - wanted) > EQUAL * wanted:
+        raise UserError(
+            f"heads of {names} cost {between[0]:.3g} to {between[1]:.3g} of full attention, not {wanted:.3g} within "
+            f"{EQUAL:.0%}; compare at another share"
+        )
 
-    errors: (steps, layers, heads, 3), of each branch against full attention, measured beforehand. full: how many
-    heads may be full (None: as many as in `routes`).
+
+def searched(
+    routes: Routes, errors: Any, *, flops: Sequence[float], cost: float | None = None
+) -> Routes:
+    """The table of least error at the cost of `routes`, or at `cost`: the branches that minimise error + price x FLOPs.
+
+    errors: (steps, layers, heads, 3), of each branch against full attention (search.py). flops: of each branch. The
+    price is the lowest at which the table is no dearer; heads that change just there fill what is left. UserError where
+    no table comes within 2 %.
     """
-    errors = np.asarray(errors, np.float64)
+    errors, each = np.asarray(errors, np.float64), np.asarray(flops, np.float64)
     if errors.shape != (*routes.table.shape, len(BRANCHES)) or not np.isfinite(errors).all():
         raise UserError(
             f"errors of shape {errors.shape} for routes {routes.table.shape}: finite numbers, one a branch and head"
         )
-    dense = BRANCHES.index("full")
-    sparse = errors.copy()
-    sparse[..., dense] = np.inf
-    table = sparse.argmin(-1).astype(np.int8).ravel()
-    saved = (sparse.min(-1) - errors[..., dense]).ravel()
-    n = int((routes.table == dense).sum()) if full is None else full
-    table[np.argsort(-saved, kind="stable")[:n]] = dense
+    wanted = fraction(routes.table, flops) if cost is None else cost
+    best = lambda price: (errors + price * each).argmin(-1).astype(np.int8)
+    gaps = np.abs(np.subtract.outer(each, each))
+    low, high = 0.0, 1 + 2 * errors.max() / gaps[gaps > 0].min(initial=np.inf)
+    for _ in range(60):  # halvings: down to what float64 tells apart
+        middle = (low + high) / 2
+        low, high = (low, middle) if fraction(best(middle), flops) <= wanted else (middle, high)
+    table, dearer = best(high).ravel(), best(low).ravel()
+    room = (wanted * (1 + 1e-9) - fraction(table, flops)) * table.size
+    for head in np.flatnonzero(table != dearer):
+        more = each[dearer[head]] - each[table[head]]
+        if more <= room:
+            table[head], room = dearer[head], room - more
+    _equal(fraction(table, flops), wanted, (each.min(), each.max()), "the best branches")
     return routes._replace(table=table.reshape(routes.table.shape))
 
 
@@ -239,20 +262,3 @@ def load(path: Any) -> Routes:
 
 def _is_time(x):
     return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 1000
-
-
-def describe(routes: Routes, flops: Sequence[float] | None = None) -> str:
-    """Lines of text: sizes, each branch's share, its shares in the first and last third of the steps, FLOPs."""
-    _check(routes)
-    steps, layers, heads = routes.table.shape
-    third = max(math.ceil(steps / 3), 1)
-    share = lambda table, j: f"{(table == j).mean():.1%}"
-    lines = [
-        f"{routes.model}: {steps} steps (t {routes.t[0]:g} to {routes.t[-1]:g}), {layers} blocks, {heads} heads"
-    ]
-    for j, name in enumerate(BRANCHES):
-        first, last = share(routes.table[:third], j), share(routes.table[-third:], j)
-        lines.append(f"  {name:8}{share(routes.table, j):>7}  (early {first}, late {last})")
-    if flops is not None:
-        lines.append(f"  attention FLOPs: {fraction(routes.table, flops):.3f} of full")
-    return "\n".join(lines)

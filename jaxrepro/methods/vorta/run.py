@@ -35,7 +35,7 @@ from jaxrepro.methods.vorta import (
 )
 from jaxrepro.methods.vorta.setting import Setting
 from jaxrepro.models import video_dit, video_files
-from jaxrepro.train import checkpoint, memory
+from jaxrepro.train import checkpoint, memory, optim
 from jaxrepro.train.loop import Run
 from jaxrepro.train.state import init_state, state_shardings, step_key
 
@@ -53,10 +53,11 @@ def run(
             return run.results
         results: dict[str, float] = {}
         if config.planted.seeds:
-            results |= run.once("planted", partial(planted.study, config.planted.seeds))
+            study = partial(planted.study, config.planted.seeds)
+            results |= run.once("planted", partial(study, first=config.seed * config.planted.seeds))
         params = model(run, s)
         routers = train(run, s, params)
-        found = evaluation.examine(s, params, routers)
+        found = evaluation.evaluate(s, params, routers)
         kept = sharding.fetch(routers)
         first(lambda: report.write(run, s, found, kept))
         results |= found.numbers
@@ -76,6 +77,8 @@ def opened(config: Any) -> Setting:
         )
     s = setting.prepare(config)
     sources.ready(config, s.cfg, s.grid)
+    if config.decode.vae:
+        samples.installed(config)
     drawing.given(config, s.cfg)
     if config.router.path:
         router_files.load(config.router.path, s.cfg)
@@ -129,6 +132,10 @@ def check(config: Any) -> None:
     for tau in (decode.tau, *decode.taus):
         if not 0 <= tau <= 1:
             raise UserError(f"decode.tau={tau} must be in [0, 1]")
+    if r.without == "full" and decode.tau > 0.5:
+        raise UserError(
+            f"decode.tau={decode.tau} moves heads to full attention, which router.without=full leaves out; use 0 to 0.5"
+        )
     if unknown := sorted(set(decode.controls) - set(evaluation.CONTROLS)):
         raise UserError(
             f"decode.controls={', '.join(unknown)}: {', '.join(evaluation.CONTROLS)} are known"
@@ -165,7 +172,7 @@ def model(run: Run, s: Setting) -> Any:
             video_files.save(folder, kept, s.cfg)
 
     first(keep)
-    return state.params
+    return load(s, folder)  # as every other run has it, in the dtype it computes in
 
 
 def load(s: Setting, folder: Any) -> Any:
@@ -220,7 +227,7 @@ def evaluate(
     if n is not None:
         with config.unlocked():
             config.eval.n = n
-    return evaluation.examine(*trained(config, workdir)).numbers
+    return evaluation.evaluate(*trained(config, workdir)).numbers
 
 
 def ready(config: Any) -> bool:
@@ -253,53 +260,94 @@ def sample(
 
 
 def plan(config: Any) -> memory.Plan:
-    """Shapes of a router step, for --dry_run; touches no file, network or device."""
+    """Shapes of the stage that needs the most memory, for --dry_run; touches no file, network or device."""
     check(config)
-    cfg, grid, section = setting.geometry(config), setting.grid_of(config), config.router
+    trains = not config.model.path and config.model.shape not in video_dit.PRESETS
+    stages = [_router_plan(config)] if config.steps or not trains else []
+    if trains:
+        stages.append(_pretrain_plan(config))
+    return memory.largest(*stages)
+
+
+def _router_plan(config):
+    """A step of the routers beside the frozen model, kept in the dtype it computes in."""
+    cfg, section = setting.geometry(config), config.router
     mesh = sharding.abstract_mesh(config.mesh)
-    at = {
-        name: sharding.shard_tree(axes, shapes, mesh)
-        for name, axes, shapes in (
-            ("model", video_dit.axes(cfg), video_dit.abstract(cfg)),
-            ("router", router.axes(cfg), router.abstract(cfg)),
-        )
-    }
-    params = {
-        "model": memory.sharded(stored(cfg), at["model"]),
-        "router": memory.sharded(router.abstract(cfg), at["router"]),
-    }
-    rule = setting.optimizer(section)
-    state = jax.eval_shape(partial(init_state, optimizer=rule), router.abstract(cfg))
-    number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    b = section.batch
-    batch = {"latents": number(b, *sources.latent_shape(cfg, grid)), "t": number(b)}
-    parts = sharding.row_parts(mesh) * mesh.shape["sequence"]
-    rows = -(-b // section.micro_batches)
+    frozen = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(cfg.dtype)), video_dit.abstract(cfg)
+    )
+    at = (
+        _placed(video_dit.axes(cfg), frozen, mesh),
+        _placed(router.axes(cfg), router.abstract(cfg), mesh),
+    )
+    state = jax.eval_shape(
+        partial(init_state, optimizer=setting.optimizer(section)), router.abstract(cfg)
+    )
+    rows = -(-section.batch // section.micro_batches)
     return memory.Plan(
-        params=params,
-        opt=memory.sharded(state.opt, state_shardings(state, at["router"], mesh).opt),
+        params={"model": at[0], "router": at[1]},
+        opt=memory.sharded(state.opt, state_shardings(state, _shardings(at[1]), mesh).opt),
         trainable="router/.*",
-        activations=activations(cfg, grid, rows, section.chunk or cfg.heads, parts),
-        batch=memory.sharded(batch, sharding.batch_sharding(mesh, batch)),
+        activations=activations(config, cfg, mesh, rows, section.chunk or cfg.heads),
+        batch=_rows(config, cfg, mesh, section.batch),
         mesh=mesh,
         stage=STAGE,
     )
 
 
-def stored(cfg: Any) -> Any:
-    """Shapes of the frozen model in the dtype it computes in."""
-    dtype = jnp.dtype(cfg.dtype)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), video_dit.abstract(cfg))
+def _pretrain_plan(config):
+    """A step of flow matching: float32 parameters, gradients and moments."""
+    cfg, section = setting.geometry(config), config.pretrain
+    mesh = sharding.abstract_mesh(config.mesh)
+    params = _placed(video_dit.axes(cfg), video_dit.abstract(cfg), mesh)
+    rule = partial(init_state, optimizer=optim.optimizer(section))
+    state = jax.eval_shape(rule, video_dit.abstract(cfg))
+    return memory.Plan(
+        params=params,
+        opt=memory.sharded(state.opt, state_shardings(state, _shardings(params), mesh).opt),
+        activations=activations(config, cfg, mesh, section.batch),
+        batch=_rows(config, cfg, mesh, section.batch),
+        mesh=mesh,
+        stage="pretrain",
+    )
 
 
-def activations(cfg: Any, grid: Any, rows: int, heads: int, parts: int) -> dict[str, Any]:
-    """What a mixture step keeps: block inputs, one block, and three branches of `heads` heads."""
+def _placed(axes, shapes, mesh):
+    return memory.sharded(shapes, sharding.shard_tree(axes, shapes, mesh))
+
+
+def _shardings(shapes):
+    return jax.tree.map(lambda x: x.sharding, shapes)
+
+
+def _rows(config, cfg, mesh, n):
+    """Latents and times of n videos."""
+    number = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    grid = setting.grid_of(config)
+    batch = {"latents": number(n, *sources.latent_shape(cfg, grid)), "t": number(n)}
+    return memory.sharded(batch, sharding.batch_sharding(mesh, batch))
+
+
+def activations(config: Any, cfg: Any, mesh: Any, rows: int, heads: int = 0) -> dict[str, Any]:
+    """What a step keeps of `rows` videos: inputs of blocks (remat none: all of them), one block, attention.
+
+    heads: of the mixture, whose three branches are computed for so many heads at once; 0 = no mixture. Scores of attention
+    are not counted: the kernels of accelerators keep none.
+    """
+    grid = setting.grid_of(config)
+    parts = sharding.row_parts(mesh) * mesh.shape["sequence"]
     tokens = -(-rows * grid.length // parts)
     dtype = jnp.dtype(cfg.dtype)
     shape = lambda *s: jax.ShapeDtypeStruct(s, dtype)
-    branch = shape(4, tokens, heads, cfg.head_dim)
-    return {
+    block = shape(tokens, 8 * cfg.d + 2 * cfg.ffn)
+    kept = {
         "block inputs": shape(cfg.layers, tokens, cfg.d),
-        "one block": shape(tokens, 8 * cfg.d + 2 * cfg.ffn),
-        "branches": [branch] * 3,
+        "blocks": [block] * (cfg.layers if cfg.remat == "none" else 1),
     }
+    if heads:
+        # heads of a device see all tokens: between the exchanges these are cut by heads, not by tokens
+        some = min(heads, cfg.heads // mesh.shape["sequence"])
+        seen = -(-rows * grid.length // sharding.row_parts(mesh))
+        branches = 3 * (cfg.layers if cfg.remat == "none" else 1)
+        kept["branches"] = [shape(4, seen, some, cfg.head_dim)] * branches
+    return kept

@@ -18,6 +18,7 @@ from jaxrepro.config import UserError
 from jaxrepro.data import latents, video_clips, video_output
 from jaxrepro.distributed import first
 from jaxrepro.methods.vorta import drawing, evaluation, routes, sources
+from jaxrepro.methods.vorta.routes import Routes
 from jaxrepro.methods.vorta.setting import Setting
 from jaxrepro.models.hf import new_folder
 
@@ -64,34 +65,48 @@ def write(
 ) -> list[str]:
     """Sample n videos by each way of decode.videos and write them; a line for each file or folder."""
     config = s.config
-    asked = sources.prompted(config, s.cfg, s.grid, prompt, n=n, seed=seed)
+    prompts = sources.prompted(config, s.cfg, s.grid, prompt, n=n, seed=seed)
     table = drawing.given(config, s.cfg)
     if table is None:
         table = evaluation.table_of(s, params, routers, config.decode.tau)
     videos = {
-        name: drawing.sample(s, params, asked, drawing.way(config, name, table))
+        name: drawing.sample(s, params, prompts, drawing.way(config, name, table))
         for name in config.decode.videos
     }
-    return first(lambda: _write(s, Path(workdir), asked, table, videos))
+    return first(lambda: _write(s, Path(workdir), prompts, table, videos))
 
 
-def _write(s, workdir, asked, table, videos):
+def _write(s, workdir, prompts, table, videos):
     folder = next_folder(workdir / "videos")
+    seen = {name: sources.pictures(s.config, s.cfg, s.grid, x) for name, x in videos.items()}
+    made = save(s, folder, prompts, videos, seen, table)
+    return [str(folder / name) for name in made]
+
+
+def save(
+    s: Setting,
+    folder: Path,
+    prompts: sources.Prompts,
+    videos: dict[str, np.ndarray],
+    pictures: dict[str, np.ndarray | None],
+    table: Routes | None = None,
+) -> list[str]:
+    """Latents of each way below a new folder, films where there are pictures, and a table; their names."""
     with new_folder(folder) as temporary:
-        routes.save(temporary / "routes.json", table)
+        if table is not None:
+            routes.save(temporary / "routes.json", table)
         for name, x in videos.items():
             way = name.replace("/", "-")
             latents.write(
                 temporary / "latents" / way,
-                examples(asked, x),
+                examples(prompts, x),
                 model=sources.family(s.cfg) if s.config.data.kind == "folder" else "other",
                 normalised=True,
             )
-            pictures = sources.pictures(s.config, s.cfg, s.grid, x)
-            if pictures is not None:
-                films(temporary, s.config.decode, asked.names, way, pictures)
-        made = sorted(p for p in temporary.iterdir() if p.suffix[1:] in FORMATS)
-    return [str(folder / p.name) for p in (*made, Path("latents"), Path("routes.json"))]
+            if (seen := pictures.get(name)) is not None:
+                films(temporary, s.config.decode, prompts.names, way, seen)
+        made = sorted(p.name for p in temporary.iterdir() if p.suffix[1:] in FORMATS)
+    return [*made, "latents", *(["routes.json"] if table is not None else [])]
 
 
 def films(folder: Path, decode: Any, names: list[str], way: str, pictures: np.ndarray) -> None:
@@ -105,15 +120,15 @@ def films(folder: Path, decode: Any, names: list[str], way: str, pictures: np.nd
             video_output.write_gif(path, large, fps=decode.fps)
 
 
-def examples(asked: sources.Asked, x: np.ndarray) -> list[dict[str, Any]]:
+def examples(prompts: sources.Prompts, x: np.ndarray) -> list[dict[str, Any]]:
     """Latents and their texts as `latents.write` takes them."""
     found = []
-    for i, name in enumerate(asked.names):
-        row = {"id": f"{i}/{name}", "latents": x[i], "text": np.asarray(asked.given.text[i])}
-        if asked.given.length is not None:
-            row["length"] = int(asked.given.length[i])
-        if asked.given.pooled is not None:
-            row["pooled"] = np.asarray(asked.given.pooled[i])
+    for i, name in enumerate(prompts.names):
+        row = {"id": f"{i}/{name}", "latents": x[i], "text": np.asarray(prompts.given.text[i])}
+        if prompts.given.length is not None:
+            row["length"] = int(prompts.given.length[i])
+        if prompts.given.pooled is not None:
+            row["pooled"] = np.asarray(prompts.given.pooled[i])
         found.append(row)
     return found
 

@@ -71,7 +71,7 @@ def geometry(config: Any) -> Config:
     if model.shape not in SHAPES:
         raise UserError(f"model.shape={model.shape!r} is not one of {', '.join(SHAPES)}")
     cfg = dataclasses.replace(SHAPES[model.shape], **numerics)
-    if config.data.kind == "clips" and model.shape not in video_dit.PRESETS:
+    if config.data.kind != "shapes" and model.shape not in video_dit.PRESETS:
         n = config.data.channels
         if n < 1:
             raise UserError(f"data.channels={n}; use 1 or more")
@@ -118,7 +118,7 @@ def rows_of(s: Setting, arrays: dict[str, Any]) -> dict[str, Any]:
     return sharding.place(rows, sharding.batch_sharding(s.mesh, rows))
 
 
-def draw(key: Any, rows: dict[str, Any], *, intervals: int) -> Batch:
+def noised(key: Any, rows: dict[str, Any], *, intervals: int) -> Batch:
     """Rows at times of one interval, with noise."""
     times, noise = jax.random.split(key)
     x = rows["latents"]
@@ -144,7 +144,7 @@ def dense_step(run: Run, s: Setting) -> tuple[State, Callable[..., Any]]:
 
     def step(state: State, given: Any) -> Any:
         rows, key = given
-        return inner(state, draw(key, rows, intervals=1))
+        return inner(state, noised(key, rows, intervals=1))
 
     return state, compile_step(step, at)
 
@@ -188,7 +188,7 @@ def router_step(run: Run, s: Setting, begin: Callable[[], Any]) -> tuple[State, 
             max_grad_norm=section.max_grad_norm,
             shardings=s.router_at if s.mesh.size > 1 else None,
         )
-        return inner(state, draw(key, rows, intervals=section.intervals))
+        return inner(state, noised(key, rows, intervals=section.intervals))
 
     return state, compile_step(step, at)
 

