@@ -19,11 +19,13 @@ own output: a value for this model is to be chosen by the share of FLOPs that co
 
 from ml_collections import ConfigDict, config_dict
 
-PAPER = {  # size: shape, grid, tile, sampler, guidance, frames a second, devices
-    "hunyuan": ("hunyuan", (30, 45, 80), (6, 9, 8), "euler", 6.0, 24, 2),
-    "wan14b": ("wan_14b", (20, 45, 80), (5, 9, 8), "unipc", 5.0, 15, 2),
-    "wan1_3b": ("wan_1_3b", (20, 30, 52), (5, 6, 4), "unipc", 5.0, 15, 1),
-}
+from jaxrepro.methods.vorta.presets import PRESETS
+
+PAPER = {
+    "hunyuan": "hunyuan",
+    "wan14b": "wan_14b",
+    "wan1_3b": "wan_1_3b",
+}  # size: shape of the model
 GPU_SHOWN = tuple(
     f"test/{name}/{metric}"
     for name in ("routed", "dense_pab", "routed_pab", "few/dense", "few/routed")
@@ -34,10 +36,10 @@ SIZES = {
     "gpu": {"needs": "one 80 GB GPU", "minutes": "10-30 (unmeasured)"},
 } | {
     f"paper_{name}": {
-        "needs": f"{devices} x 80 GB, {shape}, encoded latents",
+        "needs": f"{PRESETS[shape].devices} x 80 GB, {shape}, encoded latents",
         "minutes": "a day (unmeasured)",
     }
-    for name, (shape, *_, devices) in PAPER.items()
+    for name, shape in PAPER.items()
 }
 
 
@@ -157,21 +159,18 @@ def get_config(size: str = "tiny") -> ConfigDict:
         return config
     if size not in SIZES:
         raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
-    shape, tokens, tile, sampler, guidance, fps, devices = PAPER[size.removeprefix("paper_")]
-    config.model.shape = shape
-    config.mesh = (
-        1,
-        1,
-        devices,
-        1,
-    )  # heads of a video over the devices (Ulysses), as the paper does
-    config.grid.update(dict(size=tokens, tile=tile, bucket=(2, 3, 2)))
+    config.model.shape = PAPER[size.removeprefix("paper_")]
+    video = PRESETS[config.model.shape]
+    # heads of a video over the devices (Ulysses), as the paper does
+    config.mesh = (1, 1, video.devices, 1)
+    config.grid.update(dict(size=video.size, tile=video.tile, bucket=(2, 3, 2)))
     # accumulation over 4 videos, as the official scripts do
     config.router.update(dict(micro_batches=4, chunk=4))
-    config.decode.update(dict(steps=50, sampler=sampler, shift=5.0, guidance=guidance, taus=()))
+    config.decode.update(dict(steps=50, sampler=video.sampler, shift=5.0, taus=()))
+    config.decode.update(dict(guidance=video.guidance, fps=video.fps))
     config.decode.controls = ("random",)
     # a cache of HunyuanVideo's attention takes 40 GB; few steps are for distilled weights
-    config.decode.update(dict(pab=0, few=0, videos=("routed",), format="mp4", fps=fps))
+    config.decode.update(dict(pab=0, few=0, videos=("routed",), format="mp4"))
     config.data.kind = "folder"
     config.eval.n = 1
     config.planted.seeds = 0

@@ -13,7 +13,7 @@ from jaxrepro.methods.vorta import analysis
 from jaxrepro.methods.vorta.analysis import Times
 from jaxrepro.models import video_dit
 from jaxrepro.ops.routed import Branch
-from jaxrepro.ops.video_grid import VideoGrid
+from jaxrepro.ops.video_grid import VideoGrid, tokens
 
 TINY = video_dit.PRESETS["wan_tiny"]  # 2 layers of 2 heads
 GRID = VideoGrid((2, 3, 4), (1, 1, 2), (1, 1, 1), (2, 3, 2))
@@ -54,10 +54,14 @@ PUBLISHED = {
 }
 
 
+VIDEOS = {"hunyuan": (117, 720, 1280), "wan_14b": (77, 720, 1280), "wan_1_3b": (77, 480, 832)}
+
+
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_work_of_the_public_models_is_the_published_one(model):
     length, keep, tflops, linear = PUBLISHED[model]
     cfg, grid = video_dit.PRESETS[model], analysis.grid_of(model)
+    assert grid.size == tokens(*VIDEOS[model])
     assert grid.length == length and round(grid.flops[2], 3) == keep
     layer = analysis.branch_flops(cfg, grid, analysis.TEXT[model]) * cfg.heads / 1e12
     np.testing.assert_allclose(layer, tflops, rtol=4e-3)

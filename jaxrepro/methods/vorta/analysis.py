@@ -29,28 +29,22 @@ from jaxtyping import Float, Integer
 
 from jaxrepro.config import UserError
 from jaxrepro.files import whole, writing
+from jaxrepro.methods.vorta.presets import PRESETS
 from jaxrepro.models import video_dit
 from jaxrepro.models.hunyuan_video import HunyuanVideoConfig
 from jaxrepro.ops.routed import Branch
-from jaxrepro.ops.video_grid import VideoGrid, buckets, tokens
+from jaxrepro.ops.video_grid import VideoGrid, buckets
 
 Route = Integer[np.ndarray, "steps layers heads"]
 COLOURS = {"full": "#b8470d", "coreset": "#1f5fa8", "sliding": "#2c8a5b"}
-TEXT = {"hunyuan": 256, "wan_14b": 512, "wan_1_3b": 512}
-# Videos and tiles of arXiv:2505.18809 and its code; the tile of the 1.3B model is inferred (unverified).
-VIDEOS = {
-    "hunyuan": ((117, 720, 1280), (6, 9, 8)),
-    "wan_14b": ((77, 720, 1280), (5, 9, 8)),
-    "wan_1_3b": ((77, 480, 832), (5, 6, 4)),
-}
+TEXT = {name: preset.text for name, preset in PRESETS.items()}
 
 
 def grid_of(model: str) -> VideoGrid:
     """The token grid of a public model at the paper's size, window (3, 3, 3) and bucket (2, 3, 2)."""
-    if model not in VIDEOS:
-        raise UserError(f"model {model!r:.60} is not one of {', '.join(VIDEOS)}")
-    video, tile = VIDEOS[model]
-    return VideoGrid(tokens(*video), tile)
+    if model not in PRESETS:
+        raise UserError(f"model {model!r:.60} is not one of {', '.join(PRESETS)}")
+    return VideoGrid(PRESETS[model].size, PRESETS[model].tile)
 
 
 # Shares ------------------------------------------------------------------------------------------------
@@ -274,7 +268,7 @@ def report(route: Route, model: str, times: Times | None = None) -> str:
     steps, layers, heads = route.shape
     named = ", ".join(f"{b.name} {100 * part[b]:.1f} %" for b in Branch)
     lines = [f"{model or 'model'}: {steps} steps x {layers} layers x {heads} heads: {named}"]
-    if model in VIDEOS:
+    if model in PRESETS:
         of = work(route, video_dit.PRESETS[model], grid_of(model), TEXT[model])
         before, after = of.dense + of.rest, of.attention.mean() + of.rest
         lines.append(
@@ -297,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("table", type=Path, help="route table, JSON")
     parser.add_argument("--out", type=Path, help="picture to write, .png")
-    parser.add_argument("--model", help=f"{', '.join(VIDEOS)}; default: what the table says")
+    parser.add_argument("--model", help=f"{', '.join(PRESETS)}; default: what the table says")
     parser.add_argument(
         "--times",
         type=float,
