@@ -37,7 +37,7 @@ from jaxrepro.models.video_parts import (
     affine,
     arrange,
     check,
-    check_numbers,
+    check_input,
     chunks,
     compute,
     full,
@@ -282,7 +282,7 @@ def apply(
     UserError for latents that the patch does not divide, and for a condition that the model does not have.
     """
     grid = grid_of(latents.shape, cfg.patch)
-    check_numbers(t, condition)
+    check_input(cfg, latents, t, condition)
     e = _embedding(params, cfg, t, condition)
     y = refine(params["text"], cfg, t, condition.text, condition.length)
     x = affine(patchify(latents, cfg.patch).astype(cfg.dtype), params["patch"])

@@ -29,6 +29,7 @@ from jaxrepro.config import UserError
 from jaxrepro.models.params import Param, fan_in
 from jaxrepro.models.transformer import DTYPES, REMAT
 from jaxrepro.ops.attention import attend_joint
+from jaxrepro.ops.checks import known
 from jaxrepro.ops.dense import dense
 from jaxrepro.sharding import constrain
 
@@ -124,22 +125,37 @@ def check(cfg: Any, counts: tuple[str, ...]) -> None:
         raise UserError(f"remat {cfg.remat!r} is unknown: one of {', '.join(REMAT)}")
 
 
-def check_numbers(t: Array, condition: Condition) -> None:
-    """UserError for times outside 0 .. 1000 and lengths beyond the text, as far as they are known while tracing."""
-    times, lengths = _known(t), _known(condition.length)
+def check_input(cfg: Any, latents: Any, t: Any, condition: Condition) -> None:
+    """UserError for latents, times and conditions that are not of this model or of one batch, and times outside
+    0 .. 1000; numbers are checked as far as they are known while tracing."""
+    b, channels = latents.shape[:2]
+    if channels != cfg.channels:
+        raise UserError(f"latents of {channels} channels: this model takes {cfg.channels}")
+    if t.shape != (b,):
+        raise UserError(f"t has shape {t.shape}: give a time for each of {b} videos")
+    times = known(t)
     if times is not None and not ((times >= 0) & (times <= 1000)).all():
         raise UserError(f"t is {times.tolist()}: times lie in 0 .. 1000")
+    check_condition(cfg, b, condition)
+
+
+def check_condition(cfg: Any, b: int, condition: Condition) -> None:
+    """UserError for a condition whose shapes are not those of b videos of this model, and for lengths beyond the
+    text, as far as they are known while tracing."""
+    if condition.text is None or condition.text.ndim != 3:
+        raise UserError("Condition.text is needed, the text embeddings (b, tokens, width)")
     slots = condition.text.shape[1]
+    pooled = (b, getattr(cfg, "pooled", None))
+    sizes = {"text": (b, slots, cfg.text), "length": (b,), "pooled": pooled, "guidance": (b,)}
+    for name, shape in sizes.items():
+        x = getattr(condition, name)
+        if x is not None and x.shape != shape:
+            raise UserError(
+                f"Condition.{name} has shape {x.shape}: {b} videos of this model need {shape}"
+            )
+    lengths = known(condition.length)
     if lengths is not None and not ((lengths >= 0) & (lengths <= slots)).all():
         raise UserError(f"length is {lengths.tolist()}: the text has {slots} tokens")
-
-
-def _known(x: Any) -> np.ndarray | None:
-    """The numbers of an array; None while it is traced, and of None."""
-    try:
-        return None if x is None else np.asarray(x)
-    except jax.errors.TracerArrayConversionError:
-        return None
 
 
 # --- layers -----------------------------------------------------------------------------------

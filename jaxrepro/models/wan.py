@@ -35,7 +35,7 @@ from jaxrepro.models.video_parts import (
     affine,
     arrange,
     check,
-    check_numbers,
+    check_input,
     chunks,
     compute,
     full,
@@ -197,7 +197,7 @@ def apply(
     for name in ("length", "pooled", "guidance"):
         if getattr(condition, name) is not None:
             raise UserError(f"Wan reads no Condition.{name}: leave it None")
-    check_numbers(t, condition)
+    check_input(cfg, latents, t, condition)
     e = time_embedding(params, cfg, t)[:, None]
     m = affine(jax.nn.silu(e), params["mod"])
     text = two_layers(condition.text.astype(cfg.dtype), params["text"], gelu)

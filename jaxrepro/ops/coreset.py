@@ -28,8 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxrepro.ops import checks
 from jaxrepro.ops.attention import attend_joint
-from jaxrepro.ops.video_grid import VideoGrid, bucket_table, buckets, cells_in_program
+from jaxrepro.ops.video_grid import AXES, VideoGrid, bucket_table, buckets, cells_in_program
 
 EPS = 1e-12  # the least norm that a cosine divides by
 FEATURES = 8  # how head sizes may grow: cuDNN takes multiples
@@ -119,6 +120,7 @@ def coreset(
 
     shared: keys and values follow the match of the queries.
     """
+    checks.attention(q, k, v, grid.length, text)
     of_q, of_k = _matches(q, k, grid, shared)
     small = lambda x, m: pool(x[:, : grid.length], m, grid)
     video = small(q, of_q), small(k, of_k), small(v, of_k)
@@ -155,7 +157,8 @@ def average(
     The paper's ablation, with cells of two tokens along one axis. Its code is not public: that q, k and v are
     all averaged, after norm and rotation, and that outputs are copied, is inferred (unverified).
     """
-    slots, place = cells_in_program(grid, cell)
+    checks.attention(q, k, v, grid.length, text)
+    slots, place = cells_in_program(grid, checks.sizes("cell", cell, AXES))
     at = jnp.maximum(slots, 0).ravel()
     there = (slots >= 0)[None, :, :, None, None]
 
@@ -188,6 +191,7 @@ def merge(
     A key that is the mean of n tokens has log n added to its logits, as n equal keys would have. Ours, not the
     paper's.
     """
+    checks.attention(q, k, v, grid.length, text)
     of_q, of_k = _matches(q, k, grid, shared)
     there = (bucket_table(grid, "slots") >= 0)[None, :, :, None]
     in_centre = lambda m: (m.source == 0) & there  # (b, g, m, h)

@@ -16,6 +16,7 @@ step, and in the last prediction, whose sigma' is 0.
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxrepro.config import UserError
+from jaxrepro.ops import checks
 
 TIMES = 1000  # t of sigma 1
 
@@ -58,10 +60,9 @@ class State(NamedTuple):
 
 
 def _check(steps: int, shift: float) -> None:
-    if steps < 1:
-        raise UserError(f"steps is {steps}: at least 1")
-    if not 0 < shift < math.inf:
-        raise UserError(f"shift is {shift}: a positive number")
+    checks.whole("steps", steps)
+    if not isinstance(shift, Real) or not 0 < shift < math.inf:
+        raise UserError(f"shift is {shift!r}: a positive number")
 
 
 def _shifted(s: np.ndarray, shift: float) -> np.ndarray:
@@ -70,7 +71,7 @@ def _shifted(s: np.ndarray, shift: float) -> np.ndarray:
 
 def few(steps: int, n: int) -> tuple[int, ...]:
     """n of the steps of a grid, evenly, its first among them: what a distilled model is sampled at."""
-    if not 1 <= n <= steps:
+    if checks.whole("n", n) > checks.whole("steps", steps):
         raise UserError(f"{n} steps out of a grid of {steps}: 1 to {steps}")
     return tuple(int(j) for j in np.linspace(0, steps, n, endpoint=False))
 
@@ -84,11 +85,14 @@ def euler(*, steps: int = 50, shift: float = 7.0, picks: Sequence[int] | None = 
         if (
             picks.ndim != 1
             or not picks.size
+            or picks.dtype.kind not in "iu"
             or picks[0] < 0
             or picks[-1] >= steps
             or (np.diff(picks) <= 0).any()
         ):
-            raise UserError(f"picks {picks.tolist()} must ascend within 0 .. {steps - 1}")
+            raise UserError(
+                f"picks {picks.tolist()} must be whole numbers that ascend within 0 .. {steps - 1}"
+            )
         sigma = sigma[picks]
     change = np.diff(np.append(sigma, 0))
     return Euler(*(np.asarray(a, np.float32) for a in (TIMES * sigma, sigma, change)))
@@ -173,8 +177,16 @@ def both(given: Any, empty: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), given, empty)
 
 
+def check_scale(scale: Any) -> None:
+    """UserError where the scale of a guidance is known and not finite."""
+    value = checks.known(scale)
+    if value is not None and not np.isfinite(value).all():
+        raise UserError(f"the scale of the guidance is {value}: a finite number, 1 for none")
+
+
 def guide(v: Float[Array, "b2 ..."], scale: float | Array) -> Float[Array, "b ..."]:
     """v_empty + scale (v_given - v_empty), float32, of the velocities of `both`."""
+    check_scale(scale)
     given, empty = jnp.split(v.astype(jnp.float32), 2)
     return empty + scale * (given - empty)
 

@@ -13,16 +13,17 @@ loop of unknown length has no gradient backwards; `attention` with a branch and 
 
 from collections.abc import Callable
 from enum import IntEnum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from jaxrepro.config import UserError
+from jaxrepro.ops import checks
 from jaxrepro.ops.attention import attend_joint
 from jaxrepro.ops.coreset import coreset
-from jaxrepro.ops.sliding import sliding_groups
+from jaxrepro.ops.sliding import by_kernel, sliding_groups
 from jaxrepro.ops.video_grid import VideoGrid, to_layout, to_raster
 
 
@@ -43,6 +44,7 @@ def full(
     text: Int[Array, "b"] | None = None,
 ) -> Float[Array, "b s h i"]:
     """Dense attention between all video tokens and valid text; a padded text row gives 0."""
+    checks.attention(q, k, v, grid.length, text)
     return attend_joint(q, k, v, grid.length, text)
 
 
@@ -58,7 +60,8 @@ def attention(
     branch: str | int | Int[Array, "h"] = "sliding",
     text: Int[Array, "b"] | None = None,
     order: str = "raster",
-    branches: tuple[Callable[..., Array], ...] = BRANCHES,
+    kernel: str = "auto",
+    branches: tuple[Callable[..., Array], ...] | None = None,
 ) -> Float[Array, "b s h i"]:
     """Attention of a video by one branch for all heads, or by a route: an array of one branch a head.
 
@@ -70,20 +73,28 @@ def attention(
     and rotated; the scale is 1 / sqrt(i). Tiles, window, buckets and the share that is dropped are the grid's.
     A UserError names what does not fit.
 
-    branches: other functions in place of full, coreset and sliding, in this order, such as
-    partial(coreset, shared=True) or partial(sliding, kernel="mosaic").
+    kernel: of sliding attention, a name of `sliding.KERNELS`. branches: other functions in place of full, coreset
+    and sliding, in this order, such as partial(coreset, shared=True); they choose their kernel themselves.
     A branch has a gradient in q, k and v (picks of coreset attention are constants). A route is data, with one
     program for all routes, and forward only; `mix` is for training.
     """
-    check(q, grid, text)
+    checks.attention(q, k, v, grid.length, text)
     if order not in ("raster", "layout"):
         raise UserError(f"order={order!r} must be 'raster' or 'layout'")
+    if branches is None:
+        branches = (full, coreset, by_kernel(kernel))
+    elif kernel != "auto":
+        raise UserError(f"kernel={kernel!r} beside `branches`: give one of them")
+    if one := isinstance(branch, (str, int)):
+        branch = _number(branch)
+    else:
+        checks.route(branch, len(q), q.shape[2], len(branches))
     if order == "raster":
         q, k, v = (to_layout(x, grid) for x in (q, k, v))
-    if isinstance(branch, (str, int)):
-        o = branches[_number(branch)](q, k, v, grid, text=text)
+    if one:
+        o = branches[branch](q, k, v, grid, text=text)
     else:
-        o = routed(q, k, v, branch, grid, text=text, branches=branches)
+        o = routed(q, k, v, jnp.asarray(branch), grid, text=text, branches=branches)
     return to_raster(o, grid) if order == "raster" else o
 
 
@@ -95,28 +106,15 @@ def _number(branch):
         raise UserError(f"branch={branch!r} must be one of {names}, or an array of them") from None
 
 
-def check(
-    x: Shaped[Array, "b s ..."], grid: VideoGrid, text: Int[Array, "b"] | None = None
-) -> None:
-    """A UserError where rows are fewer than the grid's tokens, or more text is valid than there are slots."""
-    slots = x.shape[1] - grid.length
-    if slots < 0:
+def check_table(table: Any) -> None:
+    """UserError for a table of routes, of any shape, that holds anything but numbers of branches."""
+    values = checks.known(table)
+    if values is None or not values.size:
+        return
+    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= len(Branch):
         raise UserError(
-            f"{x.shape[1]} rows are fewer than the {grid.length} tokens of grid {grid.size}; give all of them"
+            f"the table holds {values.min()} to {values.max()}: branches are whole numbers, 0 to {len(Branch) - 1}"
         )
-    text = None if text is None else _known(text)
-    if text is not None and (text.min() < 0 or text.max() > slots):
-        raise UserError(
-            f"text={text.tolist()}: valid text must be 0 to {slots}, the text slots of a row"
-        )
-
-
-def _known(x):
-    """x as numpy, or None while it is traced."""
-    try:
-        return np.asarray(x)
-    except jax.errors.TracerArrayConversionError:
-        return None
 
 
 def mix(
@@ -135,14 +133,21 @@ def mix(
     chunk: heads computed at once, and again for the gradient (None = all, kept): a bound on memory.
     """
 
+    checks.attention(q, k, v, grid.length, text)
+    b, h = len(q), q.shape[2]
+    if gates.shape != (b, h, len(branches)):
+        raise UserError(
+            f"the gates have shape {gates.shape}: {b} rows, {h} heads and {len(branches)} branches need "
+            f"{(b, h, len(branches))}"
+        )
+
     def some(heads):
         q, k, v, gates = heads
         weight = lambda j: gates[:, None, :, j, None]
         total = sum(weight(j) * f(q, k, v, grid, text=text) for j, f in enumerate(branches))
         return total.astype(q.dtype)
 
-    h = q.shape[2]
-    if chunk is None or chunk >= h:
+    if chunk is None or checks.whole("chunk", chunk) >= h:
         return some((q, k, v, gates))
     if h % chunk:
         raise UserError(f"chunk={chunk} does not divide {h} heads; take a divisor")
@@ -169,9 +174,9 @@ def routed(
     route: the branch of each head; (b, h) gives every row its own, and rows then run one after another.
     chunk: heads of a branch computed at once; what is left of them runs one by one.
     """
-    known = _known(route)
-    if known is not None and (known.min() < 0 or known.max() >= len(branches)):
-        raise UserError(f"route={known.tolist()} must hold branches 0 to {len(branches) - 1}")
+    checks.attention(q, k, v, grid.length, text)
+    checks.route(route, len(q), q.shape[2], len(branches))
+    route, chunk = jnp.asarray(route), checks.whole("chunk", chunk)
     if route.ndim == 2:
         text = jnp.full(len(q), q.shape[1] - grid.length) if text is None else text
         row = lambda x: routed(

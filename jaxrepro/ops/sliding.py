@@ -21,6 +21,7 @@ Rows are places of the layout of video_grid.py, then text slots; `text` says how
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxrepro.config import UserError
+from jaxrepro.ops import checks
 from jaxrepro.ops.attention import attend, attend_joint, attend_prefix, hide_padding
 from jaxrepro.ops.video_grid import VideoGrid, rectangles
 from jaxrepro.ops.video_places import counted, in_program
@@ -42,6 +44,7 @@ def sliding_reference(
     text: Int[Array, "b"] | None = None,
 ) -> Float[Array, "b s h i"]:
     """Sliding-tile attention by its definition, with a mask over all pairs."""
+    checks.attention(q, k, v, grid.length, text)
     b, s = q.shape[:2]
     n = grid.length
     text = jnp.full(b, s - n) if text is None else text
@@ -70,6 +73,7 @@ def sliding_groups(
     text: Int[Array, "b"] | None = None,
 ) -> Float[Array, "b s h i"]:
     """Sliding-tile attention as dense attention of one rectangle a window."""
+    checks.attention(q, k, v, grid.length, text)
     b, s, h, i = q.shape
     slots = s - grid.length
     classes, back = rectangles(grid, slots)
@@ -109,6 +113,7 @@ def with_groups(
     Text rows are dense attention; the gradient is that of the window groups, which compute the output again.
     """
     n = grid.length
+    checks.attention(q, k, v, n, text)
 
     @jax.custom_vjp
     def video(q, k, v, valid):
@@ -147,15 +152,25 @@ def sliding(
     "mosaic" (Hopper GPUs) and "tpu" are experimental: neither has run on its device. UserError where a kernel
     cannot run.
     """
+    checks.attention(q, k, v, grid.length, text)
+    return by_kernel(kernel)(q, k, v, grid, text=text)
+
+
+@lru_cache(maxsize=len(KERNELS))
+def by_kernel(kernel: str) -> Callable[..., Array]:
+    """The function f(q, k, v, grid, *, text) of a kernel; the same object each time. UserError where it cannot run."""
     if kernel not in KERNELS:
         raise UserError(f"kernel={kernel!r} must be one of {', '.join(KERNELS)}")
     if kernel in ("auto", "groups"):
-        f = sliding_groups
-    elif kernel == "reference":
-        f = sliding_reference
-    else:
-        f = _experimental(kernel)
-    return f(q, k, v, grid, text=text)
+        return sliding_groups
+    return sliding_reference if kernel == "reference" else _experimental(kernel)
+
+
+def has_hopper() -> bool:
+    """Whether the first device of this process is one of those that the kernel "mosaic" is for."""
+    device = jax.local_devices()[0]
+    capability = str(getattr(device, "compute_capability", "none"))
+    return device.platform == "gpu" and capability.startswith("9.")
 
 
 def _experimental(kernel):
@@ -170,8 +185,8 @@ def _experimental(kernel):
             from jaxrepro.ops.sliding_tpu import sliding_tpu
 
             return sliding_tpu
-        capability = str(getattr(device, "compute_capability", "none"))
-        if device.platform != "gpu" or not capability.startswith("9."):
+        if not has_hopper():
+            capability = getattr(device, "compute_capability", "none")
             raise UserError(
                 f"kernel='mosaic' needs a GPU of compute capability 9.x, not {device.device_kind} ({capability}); "
                 "take kernel='auto'"

@@ -28,7 +28,7 @@ import itertools
 import math
 from fractions import Fraction
 from functools import lru_cache
-from numbers import Integral
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from jaxrepro.config import UserError
+from jaxrepro.ops import checks
 from jaxrepro.ops import video_places as places
 
 AXES = ("frames", "height", "width")
@@ -45,7 +46,9 @@ TILE, TILES, BUCKET = (6, 9, 8), (4, 5, 5), (2, 3, 2)  # see `VideoGrid.propose`
 
 def tokens(frames: int, height: int, width: int) -> tuple[int, int, int]:
     """Token grid of a video of `frames` x `height` x `width` pixels: VAE 4 x 8 x 8, patches 1 x 2 x 2."""
-    if frames < 1 or (frames - 1) % 4:
+    for name, n in (("frames", frames), ("height", height), ("width", width)):
+        checks.whole(name, n)
+    if (frames - 1) % 4:
         raise UserError(
             f"frames={frames} is not 4 n + 1; take {4 * max(round((frames - 1) / 4), 0) + 1}"
         )
@@ -72,12 +75,7 @@ class VideoGrid:
 
     def __post_init__(self):
         for name in ("size", "tile", "window", "bucket"):
-            value = tuple(getattr(self, name))
-            if len(value) != 3 or not all(isinstance(n, Integral) and n > 0 for n in value):
-                raise UserError(
-                    f"{name}={value} must be three whole numbers above 0, one for each of {AXES}"
-                )
-            object.__setattr__(self, name, tuple(map(int, value)))
+            object.__setattr__(self, name, checks.sizes(name, getattr(self, name), AXES))
         if self.padding not in PADDINGS:
             raise UserError(f"padding={self.padding!r} must be one of {PADDINGS}")
         for axis, n in zip(AXES, self.window):
@@ -85,9 +83,9 @@ class VideoGrid:
                 raise UserError(
                     f"window of {n} tiles along {axis} must be odd; take {n - 1} or {n + 1}"
                 )
-        if not 0 <= self.rate < 1:
+        if not isinstance(self.rate, Real) or not 0 <= self.rate < 1:
             raise UserError(
-                f"rate={self.rate} must be in [0, 1): the share of a bucket that is dropped"
+                f"rate={self.rate!r} must be a number in [0, 1): the share of a bucket that is dropped"
             )
         if self.kept(math.prod(self.bucket)) < 0:
             m = math.prod(self.bucket)

@@ -1,6 +1,7 @@
 """Pyramid Attention Broadcast: which steps compute, that the others leave the attention module out, sides apart."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -119,10 +120,14 @@ def test_sides_of_the_guidance_have_a_cache_each():
         ({"t": [1001.0]}, r"t is \[1001.0\]: the times of the steps, each in 0 .. 1000"),
         ({"t": []}, "the times of the steps"),
         ({"t": [float("nan")]}, "the times of the steps"),
-        ({"every": 0}, "every is 0: at least 1"),
+        ({"every": 0}, "every=0 must be a whole number of at least 1"),
+        ({"every": 1.5}, "every=1.5 must be"),
+        ({"every": float("nan")}, "every=nan must be"),
+        ({"low": float("nan")}, "low must not exceed high"),
         ({"low": 900.0}, "times from 900.0 to 800.0 keep nothing"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(change, says):
+    schedule = inspect.unwrap(caching.schedule)  # users run without type checks
     with pytest.raises(UserError, match=says):
-        caching.schedule(**({"t": [500.0]} | change))
+        schedule(**({"t": [500.0]} | change))

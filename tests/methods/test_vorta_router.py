@@ -10,11 +10,12 @@ import pytest
 from jaxrepro.config import UserError
 from jaxrepro.methods.vorta import router, router_files
 from jaxrepro.models import video_dit
+from jaxrepro.ops.sliding import sliding_groups, sliding_reference
 
 WAN = video_dit.PRESETS["wan_tiny"]
 
 
-# Section 3.2 of arXiv:2505.18809's code: 60 (3072 72 + 72), 40 (5120 120 + 120), 30 (1536 36 + 36).
+# blocks (d 3 heads + 3 heads) of the released models' configs: 60 (3072 72 + 72), 40 (5120 120 + 120), 30 (1536 36 + 36).
 @pytest.mark.parametrize(
     "name, n", [("hunyuan", 13_275_360), ("wan_14b", 24_580_800), ("wan_1_3b", 1_659_960)]
 )
@@ -86,5 +87,13 @@ def test_wan_matches_queries_for_keys_and_hunyuan_does_not():
     assert router.branches(WAN) is router.branches(dataclasses.replace(WAN))
     assert router.branches(hunyuan, shared=True)[1].keywords == {"shared": True}
     assert router.branches(WAN, coarse="average_height")[1].keywords == {"cell": (1, 2, 1)}
+    assert router.branches(WAN)[2] is router.branches(WAN, kernel="groups")[2] is sliding_groups
+    assert router.branches(WAN, kernel="reference")[2] is sliding_reference
+    with pytest.raises(
+        UserError, match=r"kernel='mosaic' needs a GPU of compute capability 9\.x, not cpu"
+    ):
+        router.branches(WAN, kernel="mosaic")
+    with pytest.raises(UserError, match="kernel='fast' must be one of"):
+        router.branches(WAN, kernel="fast")
     with pytest.raises(UserError, match="coarse='mean' is not one of"):
         router.branches(WAN, coarse="mean")

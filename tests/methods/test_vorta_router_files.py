@@ -27,7 +27,7 @@ def drawn(cfg):
     return declarations.initialise(jax.random.key(0), router_files.declare(cfg))
 
 
-# Section 3.2 of the method's specification: 60 (3072 72 + 72), 40 (5120 120 + 120), 30 (1536 36 + 36).
+# blocks (d 3 heads + 3 heads) of the released models' configs: 60 (3072 72 + 72), 40 (5120 120 + 120), 30 (1536 36 + 36).
 @pytest.mark.parametrize(
     "name, n", [("hunyuan", 13_275_360), ("wan_14b", 24_580_800), ("wan_1_3b", 1_659_960)]
 )

@@ -90,13 +90,38 @@ def test_each_row_has_its_own_route_and_text_length():
         ({"empty": Condition(jnp.zeros((1, 3, 12)))}, "needs both `empty`"),
         ({"computes": np.ones(2, bool)}, r"computes has shape \(2,\): this sampling needs \(3,\)"),
         ({"order": np.zeros((3, 2), int)}, r"order has shape \(3, 2\)"),
+        ({"order": np.zeros((3, 1, 2), int)}, "order must hold each of 2 heads once"),
+        (
+            {"computes": np.array([False, True, True])},
+            r"computes is \[False, True, True\]: .* first True",
+        ),
+        ({"empty": Condition(jnp.zeros((1, 3, 12))), "scale": np.nan}, "the guidance is nan"),
+        (
+            {"empty": Condition(jnp.zeros((1, 2, 12))), "scale": 5.0},
+            r"`empty` \(1, 2, 12\): pad both",
+        ),
+        ({"empty": Condition(jnp.zeros((2, 3, 12))), "scale": 5.0}, r"text has shape \(2, 3, 12\)"),
+        (
+            {"condition": condition(WAN, 2)},
+            r"\(2, 3, 12\): 1 videos of this model need \(1, 3, 12\)",
+        ),
+        ({"condition": Condition(jnp.zeros((1, 3, 11)))}, r"shape \(1, 3, 11\)"),
+        ({"noise": jnp.zeros((1, 5, 4, 4, 4))}, "latents of 5 channels: this model takes 4"),
+        ({"chunk": 0}, "chunk=0 must be"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(change, says):
     arguments = {"table": np.zeros((3, 1, 2), int), "plan": flow.unipc(steps=3), "grid": GRID}
+    arguments |= {"noise": noise(1), "condition": condition(WAN, 1)}
     with pytest.raises(UserError, match=says) as error:
-        sampling.sample({}, WAN, noise(1), condition(WAN, 1), **(arguments | change))
+        sampling.sample({}, WAN, **(arguments | change))
     assert "\n" not in str(error.value)
+
+
+def test_text_longer_than_its_slots_is_refused_before_it_is_data():
+    c = condition(HUNYUAN, 2)._replace(length=jnp.array([3, 4]))
+    with pytest.raises(UserError, match=r"length is \[3, 4\]: the text has 3 tokens"):
+        sampling.sample({}, HUNYUAN, noise(2), c, None, flow.euler(steps=2))
 
 
 def test_a_grid_of_other_latents_is_refused():

@@ -196,6 +196,12 @@ def test_a_half_and_half_table_of_hunyuan_on_eight_devices():
         (np.zeros((1, 1, 6)), 4, COSTS, "4 devices do not divide 6 heads"),
         (np.zeros((1, 1, 6)), 3, (1.0, 0.25), "three positive numbers"),
         (np.zeros((1, 1, 6)), 3, (1.0, 0.25, 0.0), "three positive numbers"),
+        (
+            np.full((1, 1, 6), 5),
+            3,
+            COSTS,
+            "the table holds 5 to 5: branches are whole numbers, 0 to 2",
+        ),
     ],
 )
 def test_a_table_that_cannot_be_dealt_is_refused(table, parts, costs, says):

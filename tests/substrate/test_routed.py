@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrepro.config import UserError
+from jaxrepro.ops import sliding
 from jaxrepro.ops.coreset import coreset
 from jaxrepro.ops.routed import BRANCHES, Branch, attention, full, mix, routed
 from jaxrepro.ops.sliding import sliding_groups
@@ -151,6 +152,24 @@ def test_a_route_is_taken_by_the_library_call(qkv, direct):
     np.testing.assert_allclose(jax.jit(call)(*qkv), chosen(direct, route), rtol=0, atol=1e-5)
 
 
+def test_the_kernel_of_sliding_heads_is_the_callers_choice(qkv, direct, monkeypatch):
+    seen = []
+
+    def counted(*arguments, **more):
+        seen.append(more)
+        return original(*arguments, **more)
+
+    original = sliding.sliding_reference
+    monkeypatch.setattr(sliding, "sliding_reference", counted)
+    sliding.by_kernel.cache_clear()
+    route = [2, 0, 2, 1, 2, 1]
+    call = partial(attention, grid=GRID, text=TEXT, order="layout", kernel="reference")
+    got = jax.jit(partial(call, branch=jnp.asarray(route)))(*qkv)
+    sliding.by_kernel.cache_clear()
+    assert seen
+    np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=1e-5)
+
+
 def test_heads_that_change_places_change_places_in_the_output(qkv):
     route, turn = jnp.asarray([2, 0, 2, 1, 2, 1]), jnp.asarray([3, 5, 0, 1, 4, 2])
     run = jax.jit(lambda q, k, v, route: routed(q, k, v, route, GRID, text=TEXT))
@@ -221,7 +240,7 @@ def test_bad_input_is_one_line(qkv, more, says):
 
 
 def test_too_few_rows_and_a_chunk_that_does_not_divide_are_refused(qkv):
-    with pytest.raises(UserError, match="59 rows are fewer than the 60 tokens of grid"):
+    with pytest.raises(UserError, match="59 rows are fewer than the 60 tokens of the grid"):
         attention(*(x[:, :59] for x in qkv), GRID)
     with pytest.raises(UserError, match="chunk=4 does not divide 6 heads"):
         mix(*qkv, jnp.ones((2, HEADS, 3)), GRID, text=TEXT, chunk=4)

@@ -400,7 +400,14 @@ def test_what_the_model_cannot_read_is_refused(model):
         run(x[..., :5], c)
     with pytest.raises(UserError, match=r"t is \[1001.0, nan\]: times lie in 0 .. 1000"):
         video_dit.apply(params, cfg, x, jnp.array([1001.0, jnp.nan]), c)
+    with pytest.raises(UserError, match="latents of 3 channels: this model takes 4"):
+        run(x[:, :3], c)
+    for text in (c.text[:1], c.text[..., :-1]):
+        with pytest.raises(UserError, match=r"Condition.text has shape .* need \(2, 5, 12\)"):
+            run(x, c._replace(text=text))
     if cfg is HUNYUAN:
+        with pytest.raises(UserError, match=r"Condition.pooled has shape \(2, 7\)"):
+            run(x, c._replace(pooled=c.pooled[:, :7]))
         with pytest.raises(UserError, match=r"length is \[3, 6\]: the text has 5 tokens"):
             run(x, c._replace(length=jnp.array([3, 6])))
         with pytest.raises(UserError, match=r"needs Condition\.pooled"):

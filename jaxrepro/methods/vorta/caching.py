@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxrepro.config import UserError
 from jaxrepro.models.video_dit import Around, Config
+from jaxrepro.ops import checks
 
 
 def schedule(t: Any, *, every: int = 2, low: float = 100.0, high: float = 800.0) -> np.ndarray:
@@ -32,8 +33,7 @@ def schedule(t: Any, *, every: int = 2, low: float = 100.0, high: float = 800.0)
     t = np.asarray(t, np.float64)
     if t.ndim != 1 or not t.size or not ((t >= 0) & (t <= 1000)).all():
         raise UserError(f"t is {t.tolist()!r:.80}: the times of the steps, each in 0 .. 1000")
-    if every < 1:
-        raise UserError(f"every is {every}: at least 1 (1 computes every step)")
+    checks.whole("every", every)  # 1 computes every step
     if not low <= high:
         raise UserError(f"times from {low} to {high} keep nothing: low must not exceed high")
     step = np.arange(t.size)

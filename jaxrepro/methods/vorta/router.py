@@ -107,16 +107,17 @@ def _open(without: Sequence[str]) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def branches(
-    cfg: Config, *, coarse: str = "coreset", shared: bool | None = None
+    cfg: Config, *, coarse: str = "coreset", shared: bool | None = None, kernel: str = "auto"
 ) -> tuple[Callable[..., Array], ...]:
     """Full, coarse and sliding attention as `ops.routed` takes them; equal arguments give the same objects.
 
     coarse: of `COARSE`; all but coreset are comparisons. shared: whether keys follow the match of the queries (None:
-    as in the official code, yes for Wan 2.1, no for HunyuanVideo).
+    as in the official code, yes for Wan 2.1, no for HunyuanVideo). kernel: of sliding attention, a name of
+    `ops.sliding.KERNELS`; UserError where it cannot run.
     """
     if coarse not in COARSE:
         raise UserError(f"coarse={coarse!r} is not one of {', '.join(COARSE)}")
     middle = COARSE[coarse]
     if coarse in ("coreset", "merge"):
         middle = partial(middle, shared=isinstance(cfg, WanConfig) if shared is None else shared)
-    return routed.full, middle, sliding.sliding_groups
+    return routed.full, middle, sliding.by_kernel(kernel)

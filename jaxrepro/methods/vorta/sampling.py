@@ -28,11 +28,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrepro.config import UserError
 from jaxrepro.methods.vorta import caching, router
 from jaxrepro.methods.vorta.ulysses import spread
-from jaxrepro.models import video_dit
+from jaxrepro.models import video_dit, video_parts
 from jaxrepro.models.video_dit import Attend, Condition, Config
 from jaxrepro.models.video_parts import grid_of
 from jaxrepro.models.wan import WanConfig
-from jaxrepro.ops import flow, routed
+from jaxrepro.ops import checks, flow, routed
 from jaxrepro.ops.video_grid import VideoGrid
 
 Branches = tuple[Callable[..., Array], ...]
@@ -153,6 +153,7 @@ def sample(
     `router.branches(cfg)`. UserError where these do not fit together.
     """
     n, b = len(plan.t), len(noise)
+    checks.whole("chunk", chunk)
     if (empty is None) != (scale is None):
         raise UserError("guidance needs both `empty`, the condition without text, and `scale`")
     if table is not None:
@@ -165,9 +166,11 @@ def sample(
     ):
         if x is not None and np.shape(x) != shape:
             raise UserError(f"{name} has shape {np.shape(x)}: this sampling needs {shape}")
+    _fit(cfg, b, condition, empty, plan, scale, computes, order)
     if empty is not None:
         condition = flow.both(condition, empty)
-    rows = jax.tree.map(jnp.asarray, (plan, table, computes, order))
+    computes, order = (None if x is None else jnp.asarray(x) for x in (computes, order))
+    rows = jax.tree.map(jnp.asarray, plan), table, computes, order
     return _sample(
         params,
         noise,
@@ -189,15 +192,35 @@ def _branch_table(table, shape, b):
             f"the table has shape {np.shape(table)}: {n} steps, {rest[0]} blocks and {rest[1]} heads need "
             f"{shape}, or {(n, b, *rest)} with a route for each row"
         )
-    try:
-        values = np.asarray(table)
-    except jax.errors.TracerArrayConversionError:
-        return table  # nothing is known of it while tracing
-    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= len(routed.Branch):
+    routed.check_table(table)
+    return jnp.asarray(table, jnp.int32)
+
+
+def _fit(cfg, b, condition, empty, plan, scale, computes, order):
+    """UserError for numbers that a compiled program could not refuse, and for sides of a guidance that differ."""
+    video_parts.check_condition(cfg, b, condition)
+    if empty is not None:
+        flow.check_scale(scale)
+        video_parts.check_condition(cfg, b, empty)
+        for name, one, other in zip(Condition._fields, condition, empty):
+            sizes = [None if x is None else x.shape for x in (one, other)]
+            if sizes[0] != sizes[1]:
+                raise UserError(
+                    f"Condition.{name} has shape {sizes[0]}, that of `empty` {sizes[1]}: pad both to the same"
+                )
+    times = checks.known(plan.t)
+    if times is not None and not ((times >= 0) & (times <= 1000)).all():
+        raise UserError(f"the plan's times are {times.tolist()}: they lie in 0 .. 1000")
+    first = None if computes is None else checks.known(computes)
+    if first is not None and (first.dtype != bool or not first[0]):
         raise UserError(
-            f"the table holds {values.min()} to {values.max()}: branches are whole numbers, 0 to {len(routed.Branch) - 1}"
+            f"computes is {first.tolist()!r:.60}: bools, the first True, since nothing is kept before it"
         )
-    return values.astype(np.int32)
+    heads = checks.known(order)
+    if heads is not None and (np.sort(heads) != np.arange(heads.shape[-1])).any():
+        raise UserError(
+            f"order must hold each of {heads.shape[-1]} heads once in every step and block"
+        )
 
 
 @partial(jax.jit, static_argnames=("cfg", "grid", "chunk", "branches"))

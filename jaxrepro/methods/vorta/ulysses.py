@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from jaxrepro.config import UserError
+from jaxrepro.ops import checks, routed
 from jaxrepro.sharding import BATCH
 
 AXIS = "sequence"
@@ -127,7 +128,8 @@ def balance(
         raise UserError(
             f"the table has shape {table.shape}: (steps, blocks, heads), one route for all rows"
         )
-    if parts < 1 or table.shape[-1] % parts:
+    routed.check_table(table)
+    if table.shape[-1] % checks.whole("parts", parts):
         raise UserError(f"{parts} devices do not divide {table.shape[-1]} heads; take a divisor")
     if len(costs) != 3 or not all(0 < c < math.inf for c in costs):
         raise UserError(f"costs={costs}: three positive numbers, of full, coreset and sliding")
