@@ -36,7 +36,7 @@ from jaxrepro.ops.sliding import with_groups
 from jaxrepro.ops.video_grid import VideoGrid, items, runs
 
 ROWS = 64  # query rows of a warpgroup, and of a wgmma
-TEAM = 2  # warpgroups that compute
+WARPGROUPS = 2  # warpgroups that compute
 ALIGN = 8  # rows of a tile of shared memory: a copy that begins inside one would read zeros
 SMS = 132  # of an H100 or H200
 SHARED = 227 * 1024  # bytes that a block of threads may have
@@ -70,7 +70,7 @@ def choose_blocks(lengths: tuple[int, ...]) -> Blocks:
 @lru_cache(maxsize=64)
 def make_plan(grid: VideoGrid, rows: int, blocks: Blocks | None = None) -> Plan:
     """The plan of a grid whose keys, text included, lie in `rows` rows, a multiple of 8."""
-    spans = [runs(w.keys) for w in items(grid, TEAM * ROWS).windows]
+    spans = [runs(w.keys) for w in items(grid, WARPGROUPS * ROWS).windows]
     blocks = blocks or choose_blocks(tuple({b - a for each in spans for a, b in each}))
     if max(blocks[:2]) > rows:
         raise UserError(
@@ -176,7 +176,7 @@ def _kernel(
     main, tail, stages = blocks
     per_head = window_ref.shape[0]
     me, ctas = jax.lax.axis_index("cta"), jax.lax.axis_size("cta")
-    team = jax.lax.axis_index("team")
+    warpgroup = jax.lax.axis_index("warpgroup")
     first_text = video - video % ALIGN
 
     def each_item(body, carry):
@@ -214,7 +214,7 @@ def _kernel(
         n = jnp.where(valid > 0, pl.cdiv(video - first_text + valid, main), 0)
         return jax.lax.fori_loop(0, n, text, carry)
 
-    @pl.when(team == TEAM)
+    @pl.when(warpgroup == WARPGROUPS)
     def _memory():
         plgpu.set_max_registers(40, action="decrease")
 
@@ -245,10 +245,10 @@ def _kernel(
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.barrier_wait(v_free.at[slot])
 
-    @pl.when(team < TEAM)
+    @pl.when(warpgroup < WARPGROUPS)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
-        tile = q_tile.at[team]
+        tile = q_tile.at[warpgroup]
 
         def meet():
             plgpu.barrier_arrive(turn)
@@ -283,23 +283,23 @@ def _kernel(
             return step + 1, o, now, total
 
         def item(batch, head, item, step):
-            mine = q_ref.at[batch, pl.ds((item * TEAM + team) * ROWS, ROWS), head]
-            plgpu.copy_gmem_to_smem(mine, tile, q_ready.at[team])
-            plgpu.barrier_wait(q_ready.at[team])
+            mine = q_ref.at[batch, pl.ds((item * WARPGROUPS + warpgroup) * ROWS, ROWS), head]
+            plgpu.copy_gmem_to_smem(mine, tile, q_ready.at[warpgroup])
+            plgpu.barrier_wait(q_ready.at[warpgroup])
             zeros = math.rows(jnp.zeros(ROWS, jnp.float32))
             top = math.rows(jnp.full(ROWS, -jnp.inf, jnp.float32))
             start = step, math.square(jnp.zeros((ROWS, i), jnp.float32)), top, zeros
             step, o, _, total = each_block(batch, item, attend, start)
             tile[...] = (o / jax.lax.broadcast_in_dim(total, o.shape, [0])).astype(tile.dtype)
             plgpu.commit_smem()
-            rows = pl.ds((item * TEAM + team) * ROWS, ROWS)
+            rows = pl.ds((item * WARPGROUPS + warpgroup) * ROWS, ROWS)
             plgpu.copy_smem_to_gmem(tile, o_ref.at[batch, rows, head])
             plgpu.wait_smem_to_gmem(0)
             return step
 
-        pl.when(team == 1)(meet)  # half a block behind the other
+        pl.when(warpgroup == 1)(meet)  # half a block behind the other
         each_item(item, jnp.int32(0))
-        pl.when(team == 0)(meet)
+        pl.when(warpgroup == 0)(meet)
 
 
 def _swizzled(shape, dtype, width=128):
@@ -312,24 +312,24 @@ def _shared(blocks, i, dtype):
     """Buffers and barriers of a block of threads."""
     width = 2 * next(n for n in (64, 32, 16) if blocks.main % n == 0 and blocks.tail % n == 0)
     ring = (blocks.stages, max(blocks[:2]), i)
-    size = 2 * int(np.prod(ring)) + TEAM * ROWS * i
+    size = 2 * int(np.prod(ring)) + WARPGROUPS * ROWS * i
     if size * jnp.dtype(dtype).itemsize > SHARED - 1024:
         raise UserError(
             f"{blocks} of head size {i} needs more than {SHARED} bytes of shared memory; take fewer stages"
         )
     ready = plgpu.Barrier(num_barriers=blocks.stages)
-    free = plgpu.Barrier(num_arrivals=TEAM, num_barriers=blocks.stages)
+    free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=blocks.stages)
     return [
-        _swizzled((TEAM, ROWS, i), dtype),
+        _swizzled((WARPGROUPS, ROWS, i), dtype),
         _swizzled(ring, dtype),
         _swizzled(ring, dtype, width),
         *(
-            plgpu.Barrier(num_barriers=TEAM),
+            plgpu.Barrier(num_barriers=WARPGROUPS),
             ready,
             ready,
             free,
             free,
-            plgpu.Barrier(num_arrivals=TEAM),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
         ),
     ]
 
@@ -338,7 +338,7 @@ def _video(q, k, v, text, grid, blocks, ctas, interpret):
     """Outputs of the video tokens."""
     n, slots, i = grid.length, k.shape[1] - grid.length, q.shape[3]
     k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % ALIGN), (0, 0), (0, 0))) for x in (k, v))
-    plan, order = make_plan(grid, k.shape[1], blocks), items(grid, TEAM * ROWS)
+    plan, order = make_plan(grid, k.shape[1], blocks), items(grid, WARPGROUPS * ROWS)
     q = jnp.take(q, order.queries, axis=1, mode="clip")
     math = Wgmma if interpret is None else Dots
     run = plgpu.kernel(
@@ -349,8 +349,8 @@ def _video(q, k, v, text, grid, blocks, ctas, interpret):
         scratch_types=_shared(plan.blocks, i, q.dtype),
         grid=(ctas,),
         grid_names=("cta",),
-        num_threads=TEAM + 1,
-        thread_name="team",
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),

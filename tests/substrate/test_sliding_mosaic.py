@@ -72,14 +72,31 @@ def interpreter():
     ), lambda: gpu_callbacks.get_races().races_found
 
 
-def test_interpreted_without_races_it_is_the_window_groups():
+WHOLE = VideoGrid((2, 3, 9), (1, 3, 3), (1, 1, 3))  # 2 windows of 27 keys
+CUT = VideoGrid(
+    (1, 4, 7), (1, 3, 3), (1, 1, 3)
+)  # 2 windows of 21 and 7 keys, tiles cut on two axes
+LONG = VideoGrid((2, 8, 16), (2, 8, 9), (1, 1, 1))  # 2 windows of 144 and 112 keys: three items
+
+
+@pytest.mark.parametrize(
+    ("grid", "blocks"),
+    [
+        (WHOLE, Blocks(16, 16)),  # the second window, and text, begin inside a tile of 8 rows
+        (CUT, Blocks(16, 16)),
+        (LONG, Blocks(144, 16)),  # the two choices for the published models
+        (LONG, Blocks(128, 64)),
+    ],
+    ids=["whole", "cut", "144", "128 + 64"],
+)
+def test_interpreted_without_races_it_is_the_window_groups(grid, blocks):
     how, races = interpreter()
-    # 2 windows of 27 keys; the second, and text, begin inside a tile of 8 rows
-    grid = VideoGrid((2, 3, 9), (1, 3, 3), (1, 1, 3))
-    q, k, v = map(jnp.asarray, oracle.draw(0, grid.size, b=2, h=1, i=64, text=5, dtype="float32"))
-    text = jnp.asarray([0, 3])
+    b = 1 if grid is LONG else 2
+    data = oracle.draw(0, grid.size, b=b, h=1, i=64, text=5, dtype="float32")
+    q, k, v = map(jnp.asarray, data)
+    text = jnp.asarray([3, 0][:b])
     q = 4 * q  # logits whose maximum moves from block to block
-    got = sliding_mosaic(q, k, v, grid, text=text, blocks=Blocks(16, 16), ctas=3, interpret=how)
+    got = sliding_mosaic(q, k, v, grid, text=text, blocks=blocks, ctas=3, interpret=how)
     want = sliding_groups(q, k, v, grid, text=text)
     assert not races()
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
