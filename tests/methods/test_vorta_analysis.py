@@ -1,7 +1,10 @@
 """What route tables cost, against counts by hand and the published sizes; the picture; the command."""
 
 import dataclasses
+import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +15,7 @@ from jaxrepro.config import UserError
 from jaxrepro.methods.vorta import analysis
 from jaxrepro.methods.vorta.analysis import Times
 from jaxrepro.models import video_dit
-from jaxrepro.ops.routed import Branch
+from jaxrepro.ops.routed import Branch, routed
 from jaxrepro.ops.video_grid import VideoGrid, tokens
 
 TINY = video_dit.PRESETS["wan_tiny"]  # 2 layers of 2 heads
@@ -101,8 +104,6 @@ def test_linear_work_is_two_flops_a_weight_and_token(name, layers):
     cfg = dataclasses.replace(cfg, **more)
     # matrices of the blocks, without modulations and what belongs to text alone
     skipped = ("mod", "double/text", "cross/k/", "cross/v/")
-    import jax
-
     weights = sum(
         leaf.size
         for path, leaf in jax.tree_util.tree_leaves_with_path(video_dit.abstract(cfg))
@@ -174,3 +175,22 @@ def test_the_command_reads_a_table_and_writes_a_picture(tmp_path, capsys):
     assert analysis.main([str(path), "--model", "sora"]) == 2
     assert analysis.main([str(tmp_path / "no.json")]) == 2
     assert capsys.readouterr().err.count("error: ") == 2
+
+
+@pytest.mark.slow
+def test_routed_attention_takes_less_time_the_more_heads_are_sparse():
+    grid = VideoGrid((8, 12, 12), (2, 3, 3), (1, 3, 3), (2, 2, 2))
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, grid.length, 6, 32)) for i in range(3))
+    run = jax.jit(lambda route: routed(q, k, v, route, grid, chunk=1))
+
+    def seconds(route):
+        """Of the processor, which other programs do not lengthen."""
+        found = []
+        for _ in range(6):
+            start = time.process_time()
+            jax.block_until_ready(run(jnp.asarray(route)))
+            found.append(time.process_time() - start)
+        return min(found[1:])
+
+    times = [seconds([0] * (6 - n) + [1, 2, 1, 2, 1, 2][:n]) for n in (0, 2, 4, 6)]
+    assert times == sorted(times, reverse=True) and times[-1] < 0.7 * times[0], times

@@ -142,7 +142,7 @@ def work(s: Setting, way: Way) -> float:
 
 
 class Load(NamedTuple):
-    """Heads on the devices of `sequence`: the work of the fullest over the mean, mean and worst of all blocks and steps."""
+    """Heads on the devices of `sequence`: the work of the fullest over the mean, of all blocks and steps."""
 
     devices: int
     mean: float

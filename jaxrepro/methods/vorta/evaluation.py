@@ -1,7 +1,7 @@
 """Routed sampling against dense sampling of the same noise and texts, and against other tables at the same cost.
 
 The error is the mean squared difference of the final latents to those of the dense model in all steps. A control has
-full heads at random places, as many as give it the FLOPs of the router's table (within 2 %), and its other heads all take
+full heads at random places, as many as give it the FLOPs of the router's table (within 2 %); its other heads all take
 
     coreset, sliding            one branch
     random                      either, at random
@@ -18,8 +18,8 @@ and others cost what they cost:
     static                      the router's own branches, one route for all times
 
 What is called coreset is coreset attention, whatever the routers were trained with. A larger tau moves heads to full
-attention: the curve of error over FLOPs (where full attention is left out there is none). With decode.pab and decode.few
-the ways of drawing.py that they bring are measured too.
+attention: the curve of error over FLOPs (where full attention is left out there is none). With decode.pab and
+decode.few the ways of drawing.py that they bring are measured too.
 
 Where latents can be seen, PSNR and SSIM (data/video_similarity.py) compare pictures with those of the dense video.
 """
@@ -132,7 +132,7 @@ def evaluate(s: Setting, params: Any, routers: Any) -> Found:
         )
     pictures = {k: sources.pictures(config, s.cfg, s.grid, x) for k, x in videos.items()}
     pictures = {name: seen for name, seen in pictures.items() if seen is not None}
-    for name in pictures.keys() - {"dense"}:
+    for name in [name for name in pictures if name != "dense"]:
         numbers |= likeness(f"test/{name}", pictures[name], pictures["dense"])
     if prompts.words is not None and prompts.noise.shape[2] > 1:  # one frame shows no motion
         for name in ("dense", "routed"):
@@ -165,9 +165,9 @@ def searched(s: Setting, mine: Routes, name: str, errors: Any) -> Way:
 
 
 def errors(s: Setting, params: Any, coarse: str | None) -> Float[np.ndarray, "n l h branch"]:
-    """Of each branch in each head, on eval.n training videos; UserError where there are none."""
-    config = s.config
-    data = sources.dataset(config, s.cfg, s.grid, "train", batch=config.eval.n, seed=config.seed)
+    """Of each branch in each head, on a batch of the router's; UserError where there is no training data."""
+    config, n = s.config, s.config.router.batch
+    data = sources.dataset(config, s.cfg, s.grid, "train", batch=n, seed=config.seed)
     rows = setting.rows_of(s, data[0].arrays)
     noise = jax.random.normal(jax.random.key(config.seed), rows["latents"].shape)
     fixed = dict(grid=s.grid, branches=drawing.branches(s, coarse))

@@ -156,7 +156,7 @@ def soft(
 
 
 def dense(grid: VideoGrid) -> Attend:
-    """Full attention; where the mesh in force has a `sequence` axis its heads lie on the devices of it, as in `soft`."""
+    """Full attention; where the mesh in force has a `sequence` axis its heads lie on those devices, as in `soft`."""
     by = spread(lambda q, k, v, _, grid, *, text=None: routed.full(q, k, v, grid, text=text))
 
     def attend(q, k, v, layer, aux):

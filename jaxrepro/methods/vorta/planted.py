@@ -193,7 +193,7 @@ def study(seeds: int = 5, *, first: int = 0) -> dict[str, float]:
     """Shares of seeds, first, first + 1, ..., in which routes are found; of heads, where nothing pays for sparseness.
 
     static: all six heads at the paper's weights, 0.02 beside 20. switch: all seven at 1 beside 20; switch_half: at 0.5,
-    where a seed in seven still has the last head at full for some time. paper_switch: the last head alone at the paper's
+    where some seeds still have the last head at full for some time. paper_switch: the last head alone at the paper's
     weights. drift: the mean share of the six at weight 0, where all go to full attention, which has no error.
     """
     if seeds < 1 or first < 0:

@@ -143,8 +143,8 @@ def random(
 ) -> Routes:
     """As many full heads as in `routes`, at random places; each other head takes one of `rest`, at random.
 
-    With flops (of each branch) the number of full heads is the one that costs as much as `routes`, or `cost` where it is
-    given; UserError where none comes within 2 %.
+    With flops (of each branch) the number of full heads is the one that costs as much as `routes`, or `cost` where that
+    is given; UserError where none comes within 2 %.
     """
     rng = np.random.default_rng(seed)
     size = routes.table.size

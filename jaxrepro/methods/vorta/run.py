@@ -68,7 +68,7 @@ def run(
 
 
 def opened(config: Any) -> Setting:
-    """The setting of a config that can run: what it will read is there and fits. UserError before anything is written."""
+    """The setting of a config that can run: what it reads is there and fits. UserError before anything is written."""
     check(config)
     if not config.model.path and config.model.shape in video_dit.PRESETS:
         raise UserError(
@@ -331,8 +331,8 @@ def _rows(config, cfg, mesh, n):
 def activations(config: Any, cfg: Any, mesh: Any, rows: int, heads: int = 0) -> dict[str, Any]:
     """What a step keeps of `rows` videos: inputs of blocks (remat none: all of them), one block, attention.
 
-    heads: of the mixture, whose three branches are computed for so many heads at once; 0 = no mixture. Scores of attention
-    are not counted: the kernels of accelerators keep none.
+    heads: of the mixture, whose three branches are computed for so many heads at once; 0 = no mixture. Scores of
+    attention are not counted: the kernels of accelerators keep none.
     """
     grid = setting.grid_of(config)
     parts = sharding.row_parts(mesh) * mesh.shape["sequence"]
