@@ -46,7 +46,7 @@ def test_steps_of_the_routers_are_those_of_torch():
     for batch in batches():
         given = {name: jnp.asarray(x, jnp.float32) for name, x in batch.items()}
         state, _ = step(state, given)
-        e = torch.from_numpy(np.asarray(sinusoid(given["t"], WIDTH)[:, 0]))
+        e = torch.from_numpy(np.array(sinusoid(given["t"], WIDTH)[:, 0]))
         gram = torch.from_numpy(batch["gram"]).float()
         g = linear(torch.nn.functional.silu(e)).reshape(ROWS, HEADS, 3).softmax(-1)
         last = torch.einsum("bhn,bhnm,bhm->bh", g, gram, g).mean(1)
