@@ -169,11 +169,12 @@ def has_peer(shape: Mapping[str, Any], notes: list[str]) -> bool:
 def run(
     name: str,
     shape: str | None = None,
-    rounds: int = 5,
+    rounds: int | None = None,
     save: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a benchmark; the content of its JSON file.
 
+    rounds: None = the benchmark's `ROUNDS`, else five.
     save: called with the content so far, where the benchmark tells of its tables one by one (`save` is a
     parameter of its `bench`), so that a process that dies leaves those it had.
     """
@@ -181,6 +182,7 @@ def run(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # read when jax starts
     module = load(name)
+    rounds = getattr(module, "ROUNDS", 5) if rounds is None else rounds
     if rounds < 1:
         raise UserError(f"--rounds={rounds} is not possible; 1 is the least")
     shape = shape or default_shape(module)
@@ -242,7 +244,7 @@ def main(argv: Sequence[str]) -> None:
     flags.DEFINE_string(
         "shape", None, "sizes to run; default: the benchmark's for this device", **text
     )
-    flags.DEFINE_integer("rounds", 5, "interleaved rounds", **text)
+    flags.DEFINE_integer("rounds", None, "interleaved rounds; default: the benchmark's", **text)
     flags.DEFINE_bool("json", False, "print the JSON instead of the tables", **text)
     flags.DEFINE_string("results", str(ROOT / "results"), "folder to write to", **text)
     usage = USAGE.format(names=", ".join(names()))

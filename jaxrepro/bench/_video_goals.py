@@ -1,0 +1,112 @@
+"""What video attention should reach on an H200, and whether it did; and in which state the device was.
+
+The rate of dense attention at 75,600 tokens and 40 heads is that of NVIDIA's table of cuDNN on an H200 (cudnn-frontend,
+benchmark of scaled dot-product attention): 572 TFLOP/s. A rate above it would be as suspicious as one below. All other
+goals are ours, set before anything was measured.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxrepro.bench._video_numerics import DENSE, KERNEL, MIXED, SAME_LENGTH
+
+RATE, SECONDS = "effective TFLOP/s", "s"
+CUDNN = 572.0
+
+
+class Goal(NamedTuple):
+    """A figure (None: not measured) and the limits between which it should lie."""
+
+    says: str
+    figure: float | None
+    least: float = 0.0
+    most: float = float("inf")
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        if self.figure is None:
+            return f"goal: {self.says}: not measured"
+        met = "met" if self.least <= self.figure <= self.most else "NOT met"
+        return f"goal: {self.says}: {self.figure:.3g}, {met}"
+
+
+def goals(groups: Sequence[Mapping[str, Any]], memory: Mapping[str, float]) -> list[str]:
+    """A line for each goal of whose layer or step there is a table. memory: bytes of the programs of a step."""
+    return [goal.verdict for goal in _goals(groups, memory)]
+
+
+def _goals(groups, memory) -> Iterator[Goal]:
+    layers = list(dict.fromkeys(_layer(g) for g in groups))
+    for name in layers:
+        rate = lambda case, table=f"{name}: attention", name=name: _last(groups, table, RATE, case)
+        if rate(DENSE) is None:
+            continue
+        if name == "Wan 14B, 81 frames":
+            says = f"{name}: dense attention within 5 % of {CUDNN:g} TFLOP/s"
+            yield Goal(says, rate(DENSE), 0.95 * CUDNN, 1.05 * CUDNN)
+        if name in ("HunyuanVideo", "Wan 14B"):
+            yield Goal(f"{name}: window groups, at least 450 TFLOP/s", rate("sliding"), 450)
+            kernel = _last(groups, f"{name}: the kernel", RATE, KERNEL)
+            yield Goal(f"{name}: the kernel, at least 520 TFLOP/s", kernel, 520)
+        seconds = lambda case, name=name: _last(groups, f"{name}: parts of", SECONDS, case)
+        says = f"{name}: attention between pooled tokens, at least 0.95 of the rate of dense attention of that length"
+        yield Goal(says, _ratio(seconds(SAME_LENGTH), seconds("attend")), 0.95)
+        pooling = [seconds(case) for case in ("match", "pool", "unpool")]
+        around = None if None in pooling else sum(pooling)
+        says = f"{name}: match, pool and unpool, at most 0.05 of that attention"
+        yield Goal(says, _ratio(around, seconds("attend")), most=0.05)
+    for name in layers:
+        what = f"{name}: a step of the model"  # not the one by a kernel, whose name is longer
+        step = lambda case, what=what: _last(groups, what, SECONDS, case, exact=True)
+        if step(DENSE) is None:
+            continue
+        says = f"{name}: a routed step, at least 2.4 times as fast as a dense one"
+        yield Goal(says, _ratio(step(DENSE), step(MIXED)), 2.4)
+        video = lambda start, name=name: _last(groups, f"{name}: a video", SECONDS, start)
+        says = f"{name}: PAB, at least 0.9 of its speed-up were keeping the outputs free"
+        yield Goal(says, _ratio(video("routed, were a cache free"), video("routed, with PAB")), 0.9)
+        says = f"{name}: memory of a routed step, at most 1.1 of a dense one, by XLA's account"
+        yield Goal(says, _ratio(memory.get("routed"), memory.get("dense")), most=1.1)
+
+
+def _layer(group):
+    return group["what"].partition(": ")[0]
+
+
+def _ratio(a, b):
+    return a / b if a and b else None
+
+
+def _last(groups, what, unit, case, exact=False):
+    """The median of the case whose name begins so, in the last such table; None where there is none."""
+    found = None
+    for g in groups:
+        fits = g["what"] == what if exact else g["what"].startswith(what)
+        if fits and g["unit"] == unit:
+            same = [c["median"] for c in g["cases"] if c["case"] == case]
+            close = [c["median"] for c in g["cases"] if c["case"].startswith(case + ",")]
+            found = (same or close or [found])[0]
+    return found
+
+
+# --- the device -------------------------------------------------------------------------------
+
+QUERY = "power.draw,clocks.sm,clocks.mem,temperature.gpu"
+
+
+def device_state(after: str) -> list[str]:
+    """A line with power, clocks and temperature of the first GPU, where nvidia-smi tells; else nothing."""
+    if (program := shutil.which("nvidia-smi")) is None:
+        return []
+    command = [program, f"--query-gpu={QUERY}", "--format=csv,noheader", "--id=0"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    power, core, memory, heat = (told.stdout.strip().split(", ") + ["?"] * 4)[:4]
+    return [f"{after}: right behind it {power}, SM {core}, memory {memory}, {heat} C"]

@@ -1,0 +1,202 @@
+"""A step of a video model, dense and routed, and a whole video as a projection from it.
+
+A table of routes is data, so that one program runs every route: the programs that jit holds are counted, not assumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrepro.bench import harness
+from jaxrepro.bench._video_numerics import CHUNK, DENSE, KEPT, MIXED, REUSED, WARMUP, grid_of
+
+STEPS, FEW = 50, 6  # of HunyuanVideo's sampler, and of a distilled model
+
+
+class Model(NamedTuple):
+    """A model with random weights, and what a step of it reads."""
+
+    cfg: Any
+    grid: Any
+    text: int
+    params: Any
+    latents: Any
+    step: Callable[..., Any]  # step(params, latents, **more of apply) -> velocity
+
+
+def make(shape: Mapping[str, Any]) -> Model:
+    """The model of a shape's step, in its dtype."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxrepro.models import video_dit
+
+    one = shape["step"]
+    layer = shape["layers"][one["of"]]
+    cfg = dataclasses.replace(video_dit.PRESETS[one["preset"]], dtype=shape["dtype"])
+    half = lambda tree: jax.tree.map(lambda x: x.astype(shape["dtype"]), tree)
+    params = jax.jit(lambda key: half(video_dit.init(key, cfg)))(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 3)
+    condition = video_dit.Condition(
+        jax.random.normal(keys[1], (1, layer["text"], cfg.text)),
+        jnp.full(1, layer["valid"]),
+        jax.random.normal(keys[2], (1, cfg.pooled)),
+        jnp.full(1, 6000.0) if cfg.guidance else None,
+    )
+
+    def step(params, latents, **more):
+        return video_dit.apply(params, cfg, latents, jnp.full(1, 500.0), condition, **more)
+
+    latents = jax.random.normal(keys[0], (1, *one["latents"]))
+    return Model(cfg, grid_of(layer), layer["text"], params, latents, step)
+
+
+def by_route(model: Model, kernel: str) -> Callable[..., Any]:
+    """step(params, latents, route (l, h), **more of apply) -> velocity, by the branch of each head."""
+    from jaxrepro.methods.vorta import router
+    from jaxrepro.ops.routed import routed
+
+    branches = router.branches(model.cfg, kernel=kernel)
+
+    def step(params, latents, route, **more):
+        def attend(q, k, v, layer, aux):
+            mine, text = route[layer], aux.length
+            return routed(q, k, v, mine, model.grid, text=text, chunk=CHUNK, branches=branches)
+
+        return model.step(params, latents, attend=attend, layout=model.grid, **more)
+
+    return step
+
+
+def tables_of(model: Model, n: int) -> list[Any]:
+    """n different tables (l, h), half of whose heads take coreset and half sliding attention."""
+    import jax.numpy as jnp
+
+    from jaxrepro.ops.routed import Branch
+
+    kinds = np.asarray((Branch.coreset, Branch.sliding), np.int32)
+    half = np.resize(kinds, (model.cfg.layers, model.cfg.heads))
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.permuted(half, axis=1)) for _ in range(n)]
+
+
+def step_tables(
+    shape: Mapping[str, Any],
+    rounds: int,
+    notes: list[str],
+    memory: dict[str, float],
+    *,
+    kernel: str = "auto",
+) -> Iterator[list[dict[str, Any]]]:
+    """The tables of a step and of a video, then none once programs are counted.
+
+    memory: gets the bytes of each program, by XLA's account. kernel: of sliding attention; with another than "auto"
+    only dense and routed steps are timed.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    model = make(shape)
+    params, latents = model.params, model.latents
+    routes = tables_of(model, shape["step"]["routes"])
+    label = "" if kernel == "auto" else f", kernel {kernel}"
+    programs: dict[str, Any] = {}
+
+    def program(name, f, *arguments, donate=()):
+        run = programs[name] = jax.jit(f, donate_argnums=donate)
+        _account(f"{name}{label}", run.lower(*arguments).compile(), notes, memory)
+        return run
+
+    dense = program("dense", lambda p, x: model.step(p, x), params, latents)
+    routed = program("routed", by_route(model, kernel), params, latents, routes[0])
+    calls = iter(range(10**9))
+    wait = jax.block_until_ready
+
+    def mixture():
+        wait(routed(params, latents, routes[next(calls) % len(routes)]))
+
+    full = jnp.zeros_like(routes[0])
+    cases = {DENSE: lambda: wait(dense(params, latents)), MIXED: mixture}
+    if kernel == "auto":
+        cases["routed, all heads full"] = lambda: wait(routed(params, latents, full))
+        cases |= _with_pab(model, routes[0], program)
+    timings = harness.interleave(cases, rounds, warmup=WARMUP)
+    name = shape["step"]["of"]
+    found = [harness.group(f"{name}: a step of the model{label}", "s", timings, peers=[DENSE])]
+    if kernel == "auto":
+        found.append(projection(name, timings))
+    yield found
+    while (done := next(calls)) < len(routes):  # what the timing has not called
+        wait(routed(params, latents, routes[done]))
+    counts = {name: run._cache_size() for name, run in programs.items()}
+    notes.append(
+        f"programs that jit holds after steps of {len(routes)} different routes{label}: "
+        + ", ".join(f"{n} of {name}" for name, n in counts.items())
+    )
+    yield []
+
+
+def _account(name, compiled, notes, memory):
+    """Notes what a program holds, by XLA's account."""
+    if (m := compiled.memory_analysis()) is None:
+        return
+    sizes = m.argument_size_in_bytes, m.output_size_in_bytes, m.temp_size_in_bytes
+    memory[name] = float(sum(sizes) - m.alias_size_in_bytes)
+    notes.append(
+        f"a step, {name}: {sizes[0] / 2**30:.2f} GiB of arguments, {sizes[2] / 2**30:.2f} GiB temporary, by "
+        "XLA's account"
+    )
+
+
+def _with_pab(model, route, program) -> dict[str, Callable[[], Any]]:
+    """Steps that compute and that reuse the outputs of attention (PAB)."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxrepro.methods.vorta import caching
+
+    routed = by_route(model, "auto")
+
+    def step(params, latents, route, computes, cache):
+        around = caching.broadcast(computes)
+        return routed(params, latents, route, around=around, state=cache)
+
+    tokens = model.grid.length + model.text
+    held = {"cache": caching.empty(model.cfg, rows=1, tokens=tokens)}  # donated: it is large
+    first = model.params, model.latents, route, jnp.asarray(True), held["cache"]
+    run = program("with PAB", step, *first, donate=4)
+
+    def call(computes):
+        arguments = model.params, model.latents, route, jnp.asarray(computes)
+        o, held["cache"] = run(*arguments, held["cache"])
+        jax.block_until_ready((o, held["cache"]))
+
+    return {KEPT: lambda: call(True), REUSED: lambda: call(False)}
+
+
+def projection(name: str, timings: Mapping[str, harness.Timing]) -> dict[str, Any]:
+    """Seconds of a whole video, by the seconds of its steps: dense, routed, with PAB, and in few steps."""
+    from jaxrepro.methods.vorta import caching
+    from jaxrepro.ops import flow
+
+    computes = caching.schedule(flow.euler(steps=STEPS).t)
+    reused = int((~computes).sum())
+    many = lambda *parts: harness.Timing(
+        0.0, tuple(np.sum([n * np.asarray(timings[case].seconds) for n, case in parts], axis=0))
+    )
+    cases = {
+        DENSE: many((STEPS, DENSE)),
+        "routed": many((STEPS, MIXED)),
+        f"routed, with PAB, {reused} steps reused": many((STEPS - reused, KEPT), (reused, REUSED)),
+        f"routed, were a cache free, {reused} steps reused": many(
+            (STEPS - reused, MIXED), (reused, REUSED)
+        ),
+        f"dense, {FEW} steps": many((FEW, DENSE)),
+        f"routed, {FEW} steps": many((FEW, MIXED)),
+    }
+    what = f"{name}: a video of {STEPS} steps, or {FEW}, a projection from the table of one step"
+    return harness.group(what, "s", cases, peers=[DENSE])
