@@ -248,7 +248,7 @@ def get_claims(size: str = "tiny") -> dict:
             ),
             *(
                 own
-                | {"name": f"better than {arm}", "baseline": arm, "metric": error, "direction": "<", "says": says}
+                | {"name": f"better than the arm {arm}", "baseline": arm, "metric": error, "direction": "<", "says": says}
                 for arm, says in (
                     ("no_full", "nearer to the dense video than without full attention, each at its own work"),
                     ("no_coreset", "nearer than without coreset attention, each at its own work"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import jaxrepro.methods
-from jaxrepro import cli, config, evaluate, launch, sample
+from jaxrepro import cli, config, evaluate, launch, sample, study
 from jaxrepro.config import UserError
 
 FAKE = str(Path(__file__).parent / "fixtures" / "fake.py")
@@ -275,3 +275,11 @@ def test_every_size_of_every_config_passes_dry_run(spec, capsys, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     assert cli.guard(launch.main, [f"--config={spec}", "--dry_run"]) == 0
     assert "parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spec", sizes())
+def test_the_claims_of_every_size_are_read_and_their_arms_resolve(spec):
+    if callable(
+        getattr(config.load_module(config.ROOT / spec.partition(":")[0]), "get_claims", None)
+    ):
+        assert study.config_hash(study.load(spec))
