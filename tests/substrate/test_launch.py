@@ -279,7 +279,6 @@ def test_every_size_of_every_config_passes_dry_run(spec, capsys, monkeypatch):
 
 @pytest.mark.parametrize("spec", sizes())
 def test_the_claims_of_every_size_are_read_and_their_arms_resolve(spec):
-    if callable(
-        getattr(config.load_module(config.ROOT / spec.partition(":")[0]), "get_claims", None)
-    ):
+    module = config.load_module(config.ROOT / spec.partition(":")[0])
+    if callable(getattr(module, "get_claims", None)):
         assert study.config_hash(study.load(spec))
