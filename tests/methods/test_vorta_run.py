@@ -109,6 +109,7 @@ def test_the_end_of_a_run_says_shares_work_and_a_prediction_that_is_called_one(f
     assert f"{1 / results['work/model']:.2f} times" in predicted
 
 
+@pytest.mark.slow
 def test_the_run_that_trains_the_model_has_it_as_all_others_do(tmp_path):
     config = tiny.config(tmp_path / "c", model__dtype="bfloat16")
     s = setting.prepare(config)
