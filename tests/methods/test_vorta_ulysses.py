@@ -22,6 +22,7 @@ from jaxrepro.ops.video_grid import VideoGrid
 # tiles of one frame whose windows are three frames: an interleaving of frames would show
 FRAMES = VideoGrid((8, 1, 2), tile=(1, 1, 2), window=(3, 1, 1), bucket=(2, 1, 2))
 HEADS = 8
+SLOTS = 3  # an odd number of rows: how XLA splits even ones that a program returns, jax 0.7.2 has no name for
 
 
 def same(have, want):
@@ -36,7 +37,7 @@ ROUTE = jnp.array([0, 1, 2, 2, 1, 0, 2, 1])
 ORDER = jnp.array([3, 0, 6, 1, 7, 2, 5, 4])
 
 
-@pytest.mark.parametrize("slots", [0, 3], ids=["video", "with text"])
+@pytest.mark.parametrize("slots", [0, SLOTS], ids=["video", "with text"])
 @pytest.mark.parametrize("kind", ["soft", "hard", "hard, a route a row"])
 def test_attention_on_eight_devices_is_that_of_one(kind, slots):
     text = jnp.array([1, 3]) if slots else None
@@ -62,7 +63,7 @@ def test_attention_on_eight_devices_is_that_of_one(kind, slots):
 
 
 def test_the_gradient_of_the_mixture_crosses_the_exchange():
-    gates, qkv = jax.nn.softmax(normal(4, 2, HEADS, 3)), inputs(2)
+    gates, qkv = jax.nn.softmax(normal(4, 2, HEADS, 3)), inputs(SLOTS)
 
     def loss(f):
         def total(gates, q, k, v):
@@ -79,8 +80,8 @@ def test_the_gradient_of_the_mixture_crosses_the_exchange():
 
 def test_frames_arrive_in_their_order_and_heads_at_their_device():
     """A device sees every token in the order of the model, and the choice of its own heads."""
-    index = jnp.arange(FRAMES.length + 2, dtype=jnp.float32)[None, :, None, None]
-    q = jnp.broadcast_to(index + 100.0 * jnp.arange(HEADS)[:, None], (1, 18, HEADS, 1))
+    index = jnp.arange(FRAMES.length + SLOTS, dtype=jnp.float32)[None, :, None, None]
+    q = jnp.broadcast_to(index + 100.0 * jnp.arange(HEADS)[:, None], (1, len(index[0]), HEADS, 1))
 
     def f(q, k, v, choice, grid, *, text=None):
         there = jnp.arange(q.shape[1], dtype=jnp.float32)[None, :, None, None]
