@@ -70,6 +70,7 @@ def check(mesh: Any, *, heads: int, tokens: int, axis: str = AXIS) -> None:
 
 def _exchange(f, mesh, axis, qkv, choice, grid, text, order):
     n, h = grid.length, qkv[0].shape[2]
+    slots = qkv[0].shape[1] - n
     share = h // mesh.shape[axis]
     # a route's heads are its last axis, those of gates the last but one
     head_axis = choice.ndim - (1 if jnp.issubdtype(choice.dtype, jnp.integer) else 2)
@@ -77,31 +78,32 @@ def _exchange(f, mesh, axis, qkv, choice, grid, text, order):
 
     def device(video, words, choice, text, order):
         if order is not None:
-            video, words = ([pick(x, order, axis=2) for x in some] for some in (video, words))
+            video, words = jax.tree.map(lambda x: pick(x, order, axis=2), (video, words))
             choice = pick(choice, order, axis=head_axis)
         start = jax.lax.axis_index(axis) * share
         own = lambda x, at: jax.lax.dynamic_slice_in_dim(x, start, share, at)
         video = [jax.lax.all_to_all(x, axis, 2, 1, tiled=True) for x in video]
-        q, k, v = (jnp.concatenate([x, own(y, 2)], 1) for x, y in zip(video, words))
-        o = f(q, k, v, own(choice, head_axis), grid, text=text)
-        found = [
-            jax.lax.all_to_all(o[:, :n], axis, 1, 2, tiled=True),
-            jax.lax.all_gather(o[:, n:], axis, axis=2, tiled=True),
-        ]
+        if words is not None:
+            video = [jnp.concatenate([x, own(y, 2)], 1) for x, y in zip(video, words)]
+        o = f(*video, own(choice, head_axis), grid, text=text)
+        found = [jax.lax.all_to_all(o[:, :n], axis, 1, 2, tiled=True)]
+        if words is not None:
+            found.append(jax.lax.all_gather(o[:, n:], axis, axis=2, tiled=True))
         if order is not None:
             back = jnp.argsort(order)
             found = [pick(x, back, axis=2) for x in found]
-        return tuple(found)
+        return found
 
     rows = _rows(mesh, len(qkv[0]))
     tokens, each = P(rows, axis), P(rows)
     run = jax.shard_map(
         device,
         in_specs=(tokens, each, each if choice.ndim > 1 else P(), each, P()),
-        out_specs=(tokens, each),
+        out_specs=[tokens, each] if slots else [tokens],
         check_vma=False,  # loops whose carries start as constants do not type-check under it
     )
-    video, words = ([x[:, :n] for x in qkv], [x[:, n:] for x in qkv])
+    # without text there is nothing to gather; XLA of jax 0.11 breaks down over arrays without rows
+    video, words = [x[:, :n] for x in qkv], [x[:, n:] for x in qkv] if slots else None
     return jnp.concatenate(run(video, words, choice, text, order), 1)
 
 
