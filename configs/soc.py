@@ -33,7 +33,7 @@ DATA = {  # data.path, data.format, steps: three epochs of 10.3 and 2.8 thousand
 }
 SIZES = {
     "tiny": {"needs": "2 CPU cores, 2 GB", "minutes": "3"},
-    "smollm2": {"needs": "2 CPU cores, 10 GB, network once", "minutes": "60"},
+    "smollm2": {"needs": "2 CPU cores, 10 GB, network once", "minutes": "70 (an estimate)"},
     "gpu": {"needs": "one 80 GB GPU, Qwen2.5-1.5B, GSM8K", "minutes": "10-30 (unmeasured)"},
 } | {
     f"paper_{size}_{data}": {

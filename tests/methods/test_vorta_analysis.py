@@ -60,6 +60,7 @@ PUBLISHED = {
 VIDEOS = {"hunyuan": (117, 720, 1280), "wan_14b": (77, 720, 1280), "wan_1_3b": (77, 480, 832)}
 
 
+# The figures are rounded, 0.62 to within 0.8 %: all must agree to 0.4 %.
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_work_of_the_public_models_is_the_published_one(model):
     length, keep, tflops, linear = PUBLISHED[model]
