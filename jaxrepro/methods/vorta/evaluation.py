@@ -166,9 +166,8 @@ def searched(s: Setting, mine: Routes, name: str, errors: Any) -> Way:
 
 def errors(s: Setting, params: Any, coarse: str | None) -> Float[np.ndarray, "n l h branch"]:
     """Of each branch in each head, on a batch of the router's; UserError where there is no training data."""
-    config, n = s.config, s.config.router.batch
-    data = sources.dataset(config, s.cfg, s.grid, "train", batch=n, seed=config.seed)
-    rows = setting.rows_of(s, data[0].arrays)
+    config = s.config
+    rows = setting.rows_of(s, setting.videos(s)[0].arrays)
     noise = jax.random.normal(jax.random.key(config.seed), rows["latents"].shape)
     fixed = dict(grid=s.grid, branches=drawing.branches(s, coarse))
     t = jnp.asarray(drawing.plan(config).t)

@@ -192,7 +192,7 @@ def train(run: Run, s: Setting, params: Any) -> Any:
     if not config.steps:
         return begin() if section.path else None
     state, step = setting.router_step(run, s, begin)
-    data = sources.dataset(config, s.cfg, s.grid, "train", batch=section.batch, seed=config.seed)
+    data = setting.videos(s)
     for i in run.steps(state, config.steps):
         batch = data[i]
         state, metrics = step(state, (params, setting.rows_of(s, batch.arrays), run.key(i)))

@@ -47,6 +47,9 @@ SHAPES: dict[str, Config] = {
     ),
 } | video_dit.PRESETS
 TRAINING_GUIDANCE = 1000.0  # the scale 1 of HunyuanVideo's guidance, in which routers are trained
+APART = (
+    1000  # added to a run's seed: its routers see other shapes than the model was pre-trained on
+)
 CACHE = 1  # of pre-trained models; another number for other code
 
 
@@ -106,6 +109,12 @@ def gate_options(config: Any) -> dict[str, Any]:
 
 
 # --- training -----------------------------------------------------------------------------------
+
+
+def videos(s: Setting) -> Any:
+    """dataset[step]: batches of training videos for the routers of a run."""
+    seed = s.config.seed + APART
+    return sources.dataset(s.config, s.cfg, s.grid, "train", batch=s.config.router.batch, seed=seed)
 
 
 def rows_of(s: Setting, arrays: dict[str, Any]) -> dict[str, Any]:

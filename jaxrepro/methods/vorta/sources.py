@@ -108,7 +108,7 @@ def clips_of(config: Any, cfg: Config, grid: VideoGrid) -> Clips:
 def dataset(config: Any, cfg: Config, grid: VideoGrid, split: str, *, batch: int, seed: int) -> Any:
     """dataset[step] of `batches.Batch`; arrays: latents, text, and where there are any ids, length and pooled.
 
-    Test data come in their own order, whatever the seed.
+    Test data of clips and folders come in their own order, whatever the seed.
     """
     shuffled = seed if split == "train" else None
     if config.data.kind == "folder":
@@ -147,20 +147,19 @@ class Prompts(NamedTuple):
 
 
 def test_prompts(config: Any, cfg: Config, grid: VideoGrid, n: int) -> Prompts:
-    """n test texts and their noise, the same for every arm and seed."""
-    batch = dataset(config, cfg, grid, "test", batch=n, seed=0)[0]
-    return _prompts(config, cfg, grid, batch.ids, batch.arrays, 0)
+    """n test texts and their noise, drawn by the run's seed: the same for all arms of a seed."""
+    return prompted(config, cfg, grid, None, n=n, seed=config.seed)
 
 
 def prompted(
     config: Any, cfg: Config, grid: VideoGrid, prompt: str | None, *, n: int, seed: int
 ) -> Prompts:
-    """n videos of one prompt, each its own noise; without a prompt one of each of the first n test texts.
+    """n videos of one prompt, each its own noise; without a prompt one of each of the first n test texts of the seed.
 
     A prompt is four words of moving shapes, the name of a clip, or the id of an item of data.test.
     """
     if prompt is None:
-        batch = dataset(config, cfg, grid, "test", batch=n, seed=0)[0]
+        batch = dataset(config, cfg, grid, "test", batch=n, seed=seed)[0]
         return _prompts(config, cfg, grid, batch.ids, batch.arrays, seed)
     arrays = {k: np.repeat(v, n, 0) for k, v in _prompt(config, cfg, grid, prompt).items()}
     return _prompts(config, cfg, grid, [prompt] * n, arrays, seed)
