@@ -1,5 +1,7 @@
 """Planted routes: the construction is what it says, and the router finds it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +16,17 @@ def grams():
     return jnp.stack([planted.gram(planted.heads(seed)) for seed in range(5)])
 
 
-def trained(grams, reg, steps=100):
+@partial(jax.jit, static_argnames=("steps", "silu"))
+@partial(jax.vmap, in_axes=(0, 0, None, None, None))
+def found(key, grams, reg, steps, silu):
+    params = planted.train(key, grams, reg, steps=steps, silu=silu)
+    return planted.recovered(params, silu=silu)
+
+
+def trained(grams, reg, steps=100, silu=True):
+    """Whether each head took its branch: (seeds, times, heads)."""
     keys = jnp.stack([jax.random.key(seed) for seed in range(len(grams))])
-    train = lambda key, g, reg: planted.recovered(planted.train(key, g, reg, steps=steps))
-    fn = jax.vmap(train)
-    return np.asarray(jax.jit(fn)(keys, grams, jnp.full(len(grams), reg)))
+    return np.asarray(found(keys, grams, reg, steps, silu))
 
 
 # A window holds 0.42 of the keys. All weight of a fine query lies on one key with a value of variance 1: sliding attention
@@ -33,20 +41,22 @@ def test_each_head_has_the_branch_that_was_planted(grams):
 
 
 def test_all_six_static_heads_are_recovered_in_five_of_five_seeds(grams):
-    found = trained(grams, 0.02)  # (seeds, times, heads); the weights of the paper
-    assert found[..., :6].all()
-    assert not found[:, 2:, 6].any()  # the head that switches is not, at these weights
+    right = trained(grams, 0.02)  # the weights of the paper
+    assert right[..., :6].all()
+    assert not right[:, 2:, 6].any()  # the head that switches is not, at these weights
 
 
 def test_the_head_that_switches_in_time_is_recovered_in_five_of_five_seeds(grams):
     assert trained(grams, 1.0).all()
-    half = trained(grams, 0.5)
-    # half of that leaves the switching head at full attention in some seeds, for some times
-    assert half[..., :6].all() and half[..., 6].all(1).mean() >= 0.6
+    # behind a SiLU the time's sinusoid loses half of its amplitude; without one half of the penalty is enough
+    assert trained(grams, 0.5, silu=False).all()
+    assert trained(grams, 0.5)[..., :6].all()
 
 
 def test_without_a_penalty_heads_drift_to_full(grams):
-    assert 0.3 < trained(grams, 0.0)[..., :6].mean() < 0.8
+    right = trained(grams, 0.0)
+    assert right[..., 4:6].all()  # full is right there
+    assert right[..., :4].mean() < 0.5
 
 
 def test_the_gram_matrix_gives_the_loss_of_the_real_mixture():
@@ -69,9 +79,12 @@ def test_how_often_all_seven_are_recovered_in_twenty_seeds():
     """The numbers of the method's README."""
     grams = jnp.stack([planted.gram(planted.heads(seed)) for seed in range(20)])
     right = lambda *how: int(trained(grams, *how).all((1, 2)).sum())
-    assert 14 <= right(0.5) < 20
-    assert right(0.5, 400) == 20
+    assert right(0.5) >= 15  # 17 where this was written
+    assert right(0.5, 400) == right(0.5, 100, False) == 20
     assert [right(reg) for reg in (1.0, 2.0, 5.0)] == [20, 20, 20]
+    # without the SiLU the paper's weights leave more heads at full: 17 where this was written
+    six = lambda silu: int(trained(grams, 0.02, 100, silu)[..., :6].all((1, 2)).sum())
+    assert six(True) == 20 and six(False) >= 15
 
 
 def test_runs_of_other_seeds_plant_other_heads(monkeypatch):

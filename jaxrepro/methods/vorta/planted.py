@@ -100,8 +100,8 @@ def _at(x: Float[Array, "h ..."], t: Float[Array, "b"]) -> Float[Array, "b h2 ..
     )
 
 
-def _gates(params: Any, t: Float[Array, "b"]) -> Float[Array, "b 1 h 3"]:
-    return router.gates(params, sinusoid(t, WIDTH)[:, 0])
+def _gates(params: Any, t: Float[Array, "b"], silu: bool = True) -> Float[Array, "b 1 h 3"]:
+    return router.gates(params, sinusoid(t, WIDTH)[:, 0], silu=silu)
 
 
 def _total(g, last, t, reg):
@@ -112,19 +112,27 @@ def _total(g, last, t, reg):
 
 
 def gram_loss(
-    params: dict[str, Array], batch: dict[str, Array], *, reg: float | Float[Array, ""]
+    params: dict[str, Array],
+    batch: dict[str, Array],
+    *,
+    reg: float | Float[Array, ""],
+    silu: bool = True,
 ) -> tuple[Array, Array, dict[str, Array]]:
     """20 L_last + reg L_reg from {"t" (b,), "gram" (b, 7, 3, 3)}."""
-    g = _gates(params, batch["t"])
+    g = _gates(params, batch["t"], silu)
     last = jnp.einsum("bhn,bhnm,bhm->bh", g[:, 0], batch["gram"], g[:, 0]).mean(1)
     return _total(g, last, batch["t"], reg)
 
 
 def mixture_loss(
-    params: dict[str, Array], batch: dict[str, Array], *, reg: float | Float[Array, ""]
+    params: dict[str, Array],
+    batch: dict[str, Array],
+    *,
+    reg: float | Float[Array, ""],
+    silu: bool = True,
 ) -> tuple[Array, Array, dict[str, Array]]:
     """The same from {"t" (b,), "q", "k", "v" (b, S, 7, 64)}, by soft and full attention."""
-    g = _gates(params, batch["t"])
+    g = _gates(params, batch["t"], silu)
     qkv = batch["q"], batch["k"], batch["v"]
     mixed = objective.soft(g, GRID)(*qkv, 0, Aux(GRID.size, 0))
     error = (mixed - jax.lax.stop_gradient(routed.full(*qkv, GRID)))[..., :VALUES]
@@ -149,7 +157,7 @@ def optimizer() -> optax.GradientTransformation:
     return optax.adamw(1e-2, weight_decay=0.01)
 
 
-@partial(jax.jit, static_argnames=("steps", "mixture"))
+@partial(jax.jit, static_argnames=("steps", "mixture", "silu"))
 def train(
     key: PRNGKeyArray,
     of: Heads | Float[Array, "h 3 3"],
@@ -157,13 +165,17 @@ def train(
     *,
     steps: int = 100,
     mixture: bool = False,
+    silu: bool = True,
 ) -> dict[str, Array]:
-    """Routers after `steps` steps on 4 times each, from the Gram matrices, or (mixture) from the heads."""
+    """Routers after `steps` steps on 4 times each, from the Gram matrices, or (mixture) from the heads.
+
+    silu: see `router.gates`; without it a router is linear in the sinusoid.
+    """
     loss, batch = (mixture_loss, mixture_batch) if mixture else (gram_loss, gram_batch)
     begin, draw = jax.random.split(key)
     rule = optimizer()
     params = initialise(begin, router.declare_sizes(1, WIDTH, HEADS))
-    step = make_step(partial(loss, reg=reg), rule, max_grad_norm=1.0)
+    step = make_step(partial(loss, reg=reg, silu=silu), rule, max_grad_norm=1.0)
     state, _ = jax.lax.scan(
         lambda state, i: (step(state, batch(jax.random.fold_in(draw, i), of, 4))[0], None),
         init_state(params, rule),
@@ -172,9 +184,9 @@ def train(
     return state.params
 
 
-def chosen(params: dict[str, Array]) -> Int[Array, "n h"]:
+def chosen(params: dict[str, Array], *, silu: bool = True) -> Int[Array, "n h"]:
     """The branch of each head at the times `CHECKED`."""
-    return _gates(params, jnp.array(CHECKED))[:, 0].argmax(-1)
+    return _gates(params, jnp.array(CHECKED), silu)[:, 0].argmax(-1)
 
 
 def right() -> Int[Array, "n h"]:
@@ -184,9 +196,9 @@ def right() -> Int[Array, "n h"]:
     return jnp.array(rows, jnp.int32)
 
 
-def recovered(params: dict[str, Array]) -> Bool[Array, "n h"]:
+def recovered(params: dict[str, Array], *, silu: bool = True) -> Bool[Array, "n h"]:
     """Whether each head took its branch, at each of the times `CHECKED`."""
-    return chosen(params) == right()
+    return chosen(params, silu=silu) == right()
 
 
 def study(seeds: int = 5, *, first: int = 0) -> dict[str, float]:

@@ -78,14 +78,16 @@ def gates(
     *,
     without: Sequence[str] = (),
     timeless: bool = False,
+    silu: bool = True,
 ) -> Float[Array, "b l h 3"]:
     """Weights of full, coreset and sliding attention for each row, block and head; float32, they add up to 1.
 
     without: names of branches that no head may take, their gates are 0. timeless: the bias alone, one route for
-    all times (the paper's ablation without the time).
+    all times (the paper's ablation without the time). silu: False = a linear layer on e itself, as the paper prints it.
     """
     bias = router["bias"].astype(jnp.float32)
-    x = jax.nn.silu(embedding.astype(jnp.float32))
+    x = embedding.astype(jnp.float32)
+    x = jax.nn.silu(x) if silu else x
     if timeless:
         logits = jnp.broadcast_to(bias, (len(x), *bias.shape))
     else:
