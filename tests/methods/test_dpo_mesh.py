@@ -147,6 +147,7 @@ def compare(shape):
             meshes.assert_same(a, b, name=f"{of} of {name}")
 
 
+@pytest.mark.slow
 def test_a_step_on_eight_devices_in_micro_batches_is_that_of_the_global_batch(monkeypatch):
     """With a decoder that is its embedding: it is what a step prepares for the losses that is cut here."""
 

@@ -155,7 +155,7 @@ CUTS = [
     pytest.param("apart", 1, marks=pytest.mark.slow),
     pytest.param("apart", 4, marks=pytest.mark.slow),
     ("across", 4),
-    ("unpaired", 4),
+    pytest.param("unpaired", 4, marks=pytest.mark.slow),
 ]
 
 

@@ -42,7 +42,10 @@ class Said(Run):
         self.lines.append(line)
 
 
-@pytest.mark.parametrize("names", [("sigmoid", "mallows"), ("mallows", "sigmoid")])
+@pytest.mark.parametrize(
+    "names",
+    [("sigmoid", "mallows"), pytest.param(("mallows", "sigmoid"), marks=pytest.mark.slow)],
+)
 def test_losses_that_need_other_numbers_do_not_share_a_file(names, small, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     said = Said()
@@ -101,7 +104,7 @@ def trained(small, tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", ["auto", "live"])
+@pytest.mark.parametrize("kind", ["auto", pytest.param("live", marks=pytest.mark.slow)])
 def test_a_run_is_held_to_the_reference_that_it_names(kind, trained, tmp_path):
     c = settings(reference__init_from=trained, reference__kind=kind)
     assert setting.reference(c, setting.mix(c)).kind == {"auto": "cached"}.get(kind, kind)

@@ -78,6 +78,7 @@ def test_a_run_leaves_pairs_samples_and_their_change(finished):
     assert {"rewards/accuracy", "rewards/margin", "logps/chosen"} <= set(steps[0])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits(finished, tmp_path):
     folder, results = finished
     interrupt(settings(), tmp_path, after=2)

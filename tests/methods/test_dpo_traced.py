@@ -24,7 +24,13 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in NUMBERS}))
+ALL = sorted({name for name, _ in NUMBERS})
+FEW = ("sigmoid", "kto", "infonca", "tdpo2", "simpo", "beta_dpo")  # of each kind one
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in ALL]
+)
 def test_numbers_may_be_traced(name):
     tokens, batch = example(REGISTRY[name])
     for key in (k for n, k in NUMBERS if n == name):

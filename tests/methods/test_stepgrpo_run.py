@@ -164,6 +164,7 @@ def test_samples_answer_a_file_and_test_questions(trained, tmp_path):
 # --- from one warm-up ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_from_a_warm_up_has_its_parameters_as_start_and_reference(
     trained, tmp_path, unexamined, monkeypatch
 ):
@@ -208,6 +209,7 @@ def test_an_update_that_crashes_is_repeated_with_the_same_bits(
     assert metrics.read(cut / "metrics.jsonl") == metrics.read(whole / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_the_control_arm_goes_on_with_supervised_training(trained, tmp_path, unexamined):
     results = run.run(config(init_from=str(trained[0]), arm="sft", steps=1), tmp_path / "run")
     (line,) = metrics.read(tmp_path / "run" / "metrics.jsonl")
@@ -218,9 +220,8 @@ def test_the_control_arm_goes_on_with_supervised_training(trained, tmp_path, une
     assert not set(ids("more")) & {*ids("sft"), *ids("rl"), *ids("base")}
 
 
-@pytest.mark.parametrize(
-    "preset", ["paper", *(pytest.param(n, marks=pytest.mark.slow) for n in ("code_2b", "code_7b"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["paper", "code_2b", "code_7b"])
 def test_the_loss_sees_the_distribution_that_its_preset_names(
     trained, tmp_path, unexamined, preset
 ):

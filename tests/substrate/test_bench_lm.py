@@ -52,6 +52,7 @@ def test_the_peak_of_a_device_is_that_of_its_data_sheet(kind, peak):
     assert lm.peak_flops(kind) == peak
 
 
+@pytest.mark.slow
 def test_a_run_has_rates_and_shares_of_the_limits(monkeypatch):
     monkeypatch.setattr(lm, "limits", lambda: {"bytes": 1e3, "flops": 1e6})
     monkeypatch.setattr(lm, "PEAKS", {"cpu": 4e6})

@@ -56,6 +56,7 @@ def log_probs(params, cfg):
     return lp.sum(), lp
 
 
+@pytest.mark.slow
 def test_log_probs_and_their_gradient_are_near_those_of_float32(params):
     both = {}
     for dtype in ("float32", "bfloat16"):

@@ -106,6 +106,7 @@ def test_packed_segments_with_a_window_equal_separate_rows(params, x):
     np.testing.assert_allclose(packed[:, 2:], alone[:, :5], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_scan_unrolled_layers_and_remat_give_one_gradient(params, x):
     deep = dataclasses.replace(CFG, layers=5, window_layers=(1, 4))  # deep enough for a real loop
     drawn = jax.tree.map(lambda a: jnp.concatenate([a, a, a])[:5], params["layers"])

@@ -70,6 +70,7 @@ def test_recorded_log_probs_equal_the_training_graph(params, prompts, samples):
     )
 
 
+@pytest.mark.slow
 def test_a_blend_draws_from_the_normalised_product_of_two_policies(params, prompts):
     other = jax.tree.map(lambda a: jnp.flip(a, -1), params)
     moved = prompts._replace(x=0.5 * prompts.x)  # what the other makes of the same tokens

@@ -198,7 +198,8 @@ def test_trainable_matches_adapters_of_a_decoder_inside_a_larger_model(fresh):
             assert chosen == ("/lora/" in sharding.path_of(keys))
 
 
-def test_six_meshes_give_the_single_device_loss_and_gradients(small, tokens):
+@pytest.mark.parametrize("shapes", [SIX[::5], pytest.param(SIX, marks=pytest.mark.slow)])
+def test_meshes_give_the_single_device_loss_and_gradients(small, tokens, shapes):
     def trained(params, tokens):
         adapters = params["layers"]["lora"]
         frozen = jax.lax.stop_gradient(params)
@@ -208,7 +209,7 @@ def test_six_meshes_give_the_single_device_loss_and_gradients(small, tokens):
         out, _ = transformer.apply(frozen, SMALL, x, position=at)
         return jnp.sum(jnp.sin(out)), B, {}
 
-    meshes.check(trained, small, transformer.axes(SMALL), tokens, SIX)
+    meshes.check(trained, small, transformer.axes(SMALL), tokens, shapes)
 
 
 def test_both_initialisers_have_their_standard_deviation():

@@ -150,6 +150,7 @@ def test_init_from_starts_where_another_run_ended(finished, small, tmp_path):
     assert "after/test/exact_match" not in again
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained(finished, small, tmp_path):
     c = settings(lora__rank=2, init_from=str(finished[0]))
     results = sft.run(c, tmp_path / "run")

@@ -83,7 +83,7 @@ LONG = VideoGrid((2, 8, 16), (2, 8, 9), (1, 1, 1))  # 2 windows of 144 and 112 k
     ("grid", "blocks"),
     [
         (WHOLE, Blocks(16, 16)),  # the second window, and text, begin inside a tile of 8 rows
-        (CUT, Blocks(16, 16)),
+        pytest.param(CUT, Blocks(16, 16), marks=pytest.mark.slow),
         # the two choices for the published models
         pytest.param(LONG, Blocks(144, 16), marks=pytest.mark.slow),
         pytest.param(LONG, Blocks(128, 64), marks=pytest.mark.slow),
