@@ -51,7 +51,6 @@ class Found(NamedTuple):
     """What an evaluation found."""
 
     numbers: dict[str, float]
-    curve: dict[str, list[tuple[float, float]]]  # name -> (FLOP share, error), by tau
     table: Routes  # at decode.tau, or of decode.table
     videos: dict[str, np.ndarray]  # name -> latents, at decode.tau
     pictures: dict[
@@ -88,7 +87,6 @@ def evaluate(s: Setting, params: Any, routers: Any) -> Found:
     numbers, notes = shares(table) | works(s, table, prompts), []
     if given is None:
         numbers |= gates(s, params, routers, table.t)
-    curve: dict[str, list[tuple[float, float]]] = {}
     measured: dict[str, np.ndarray] = {}  # errors of branches, for controls that are searched
     for tau in taus(s.config) if given is None else (decode.tau,):
         prefix = "test" if tau == decode.tau else f"test/tau{tau:g}"
@@ -111,7 +109,6 @@ def evaluate(s: Setting, params: Any, routers: Any) -> Found:
                 continue
             x, share = draw(way), drawing.work(s, way)
             numbers |= {f"{prefix}/{name}/error": against(x), f"{prefix}/{name}/flops": share}
-            curve.setdefault(name, []).append((share, against(x)))
             if tau == decode.tau:
                 videos[name] = x
     for name in drawing.ways(config):
@@ -138,7 +135,7 @@ def evaluate(s: Setting, params: Any, routers: Any) -> Found:
         for name in ("dense", "routed"):
             right = (video.recognise(videos[name]) == prompts.words).mean()
             numbers[f"test/{name}/recognised"] = float(right)
-    return Found(numbers, curve, table, videos, pictures, prompts, notes)
+    return Found(numbers, table, videos, pictures, prompts, notes)
 
 
 def taus(config: Any) -> list[float]:

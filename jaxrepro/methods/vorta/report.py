@@ -9,20 +9,14 @@ samples/routes.png, curve.png       the heat map; error over FLOPs
 import shutil
 from typing import Any
 
-import numpy as np
-
 from jaxrepro.data import video_output
-from jaxrepro.files import whole, writing
-from jaxrepro.methods.vorta import analysis, router, router_files, routes, samples
+from jaxrepro.methods.vorta import analysis, curve, router, router_files, routes, samples
 from jaxrepro.methods.vorta.evaluation import Found
 from jaxrepro.methods.vorta.setting import Setting
 from jaxrepro.train.loop import Run
 
 # in films, from left to right
 SHOWN = ("dense", "routed", "routed_pab", "few/routed", "coreset", "sliding", "random")
-COLOURS = analysis.COLOURS | {"routed": analysis.COLOURS["full"], "random": "0.45"}
-COLOURS |= {"average": "#7a3b8f", "static": "#8a6d00", "searched": "0.15", "windows": "#3f9c9c"}
-COLOURS |= {"all_coreset": "#7fa8d6", "all_sliding": "#8cc4a2"}
 GIFS = 4
 
 
@@ -34,7 +28,7 @@ def write(run: Run, s: Setting, found: Found, routers: Any) -> None:
     title = f"{found.table.model}: {routes.fraction(found.table.table, s.grid.flops):.2f} of full attention"
     heat = run.path("samples/routes.png")
     analysis.draw(heat, found.table.table, timesteps=found.table.t.tolist(), title=title)
-    curve(run.path("samples/curve.png"), found.curve)
+    curve.draw(run.path("samples/curve.png"), curve.points(found.numbers))
     names = [name for name in SHOWN if name in found.videos]
     if s.config.data.kind == "folder":
         folder = run.path("samples/videos")
@@ -47,29 +41,6 @@ def write(run: Run, s: Setting, found: Found, routers: Any) -> None:
         path = run.path(f"samples/{i}-{samples.plain(text)}.gif")
         films = [found.pictures[name][i] for name in names]
         video_output.write_gif(path, video_output.beside(films, names, scale=max(96 // height, 1)))
-
-
-def curve(path: Any, points: dict[str, list[tuple[float, float]]]) -> None:
-    """Error to the dense video over the share of attention FLOPs, a line for each kind of table."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 3.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for name, pairs in points.items():
-        x, y = np.array(sorted(pairs)).T
-        mine = name == "routed"
-        axis.plot(x, y, color=COLOURS[name], marker="o", ms=4, lw=2.2 if mine else 1.2, label=name)
-    axis.set_xlabel("attention FLOPs, share of full")
-    axis.set_ylabel("latent error to dense (MSE)")
-    axis.set_ylim(bottom=0)
-    axis.grid(color="0.9", lw=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9)
-    with writing(path), whole(path) as file:
-        figure.savefig(file, format="png")
 
 
 def lines(results: dict[str, float]) -> list[str]:
