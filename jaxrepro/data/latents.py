@@ -35,7 +35,7 @@ INDEX, FORMAT, VERSION = "index.json", "latents", 1
 MODELS = ("hunyuan", "wan", "other")  # other: latents as they are
 CHANNELS = {"hunyuan": 16, "wan": 16}
 SLOTS = {"hunyuan": 256, "wan": 512}  # text tokens that the model takes
-POOLED = 768
+TEXT, POOLED = 4096, 768  # width of the texts of both models; of HunyuanVideo's pooled text
 HUNYUAN_SCALE = 0.476986
 WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
 WAN_MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
@@ -75,7 +75,8 @@ class Latents:
     """A folder as a sequence of items; item i is read when it is asked for, `latents[i]`.
 
     frames: latent frames of each item, its last ones (None: all, which must then be equally many).
-    slots: text tokens of each item, filled up with zeros (None: what the model takes).
+    slots: text tokens of each item, filled up with zeros (None: what the model takes, of `other` the longest text).
+    shape (c, f, h, w), width of the texts, pooled: numbers of the pooled text, 0 where not every item has one.
     """
 
     def __init__(
@@ -90,9 +91,8 @@ class Latents:
             raise UserError(f"frames is {frames}; it must be 1 or more")
         self._stored = self._scan()
         self.shape = self._shape(frames)
-        widths = {self._stored[f"{i['id']}.text"].shape[1] for i in self._items}
-        if len(widths) > 1:
-            raise UserError(f"{self.folder}: texts are {sorted(widths)} wide; they must be equal")
+        self.width = self._width("text", -1)
+        self.pooled = POOLED if self.packed else self._width("pooled", 0)
         if self.slots is None:
             self.slots = max(i["length"] for i in self._items)
         for item in self._items:
@@ -114,7 +114,7 @@ class Latents:
         length, pooled = item["length"], None
         if self.packed:
             pooled, text = unpack(text)
-        elif f"{item['id']}.pooled" in self._stored:
+        elif self.pooled:
             pooled = self._read(item, "pooled")
         states = np.zeros((self.slots, text.shape[1]), np.float32)
         states[:length] = text[:length]
@@ -146,7 +146,8 @@ class Latents:
 
     def _check(self, item, stored):
         wanted = {"latents": 4, "text": 2}
-        if self.model == "hunyuan" and not self.packed:
+        needed = self.model == "hunyuan" and not self.packed
+        if needed or f"{item['id']}.pooled" in stored:
             wanted["pooled"] = 1
         for field, rank in wanted.items():
             place = stored.get(f"{item['id']}.{field}")
@@ -165,7 +166,7 @@ class Latents:
             raise self._wrong(
                 item, f"text {width} wide, too narrow for {POOLED} of the pooled text"
             )
-        if "pooled" in wanted and stored[f"{item['id']}.pooled"].shape != (POOLED,):
+        if needed and stored[f"{item['id']}.pooled"].shape != (POOLED,):
             raise self._wrong(item, f"pooled must be of shape ({POOLED},)")
 
     def _shape(self, frames):
@@ -182,6 +183,14 @@ class Latents:
                 raise self._wrong(item, f"{have} latent frames, {f} are asked for; lower frames")
         _constants(self.model, first)
         return (first[0], f, *first[2:])
+
+    def _width(self, field, axis):
+        """Size of a field's axis, equal in all items; 0 where an item has no such field."""
+        places = [self._stored.get(f"{item['id']}.{field}") for item in self._items]
+        widths = {place.shape[axis] if place else 0 for place in places}
+        if len(widths - {0}) > 1:
+            raise UserError(f"{self.folder}: {field} is {sorted(widths)} wide; it must be equal")
+        return min(widths)
 
     def _read(self, item, field):
         x = np.array(self._stored[f"{item['id']}.{field}"].map()).astype(np.float32)

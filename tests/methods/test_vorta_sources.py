@@ -10,6 +10,7 @@ import pytest
 
 from jaxrepro.config import UserError
 from jaxrepro.data import clip_latents, latents, video_clips, video_output
+from jaxrepro.files import write_json
 from jaxrepro.methods.vorta import run, setting, sources
 from jaxrepro.models import video_dit, video_files
 from jaxrepro.models.hunyuan_video import HunyuanVideoConfig
@@ -17,6 +18,7 @@ from jaxrepro.models.hunyuan_video import HunyuanVideoConfig
 sys.path.insert(0, str(Path(__file__).parent))
 import vorta_tiny as tiny
 
+RELEASED = dict(channels=16, out_channels=16, text=latents.TEXT)
 CLIPS = {"data__kind": "clips", "data__channels": 6, "data__patch": (2, 2, 2)}
 
 
@@ -115,7 +117,7 @@ def test_a_folder_gives_its_items_and_its_empty_text(tmp_path):
         data__test=str(tmp_path / "test"),
         data__channels=4,
         decode__guidance=2.0,
-        decode__empty="item 2",
+        decode__empty="item 0",
     )
     found = batch(config, "train", 5)
     order = [int(name.split()[1]) for name in found.ids]
@@ -125,9 +127,9 @@ def test_a_folder_gives_its_items_and_its_empty_text(tmp_path):
     )
     sources.ready(*parts(config))
     prompts = sources.test_prompts(*parts(config), 2)
-    assert prompts.names == ["item 0", "item 1"]
-    np.testing.assert_array_equal(prompts.given.text[1], tests[1]["text"])
-    np.testing.assert_array_equal(prompts.empty.text[1, :2], tests[2]["text"][:2])
+    assert prompts.names == ["item 1", "item 2"]  # it is not sampled for
+    np.testing.assert_array_equal(prompts.given.text[0], tests[1]["text"])
+    np.testing.assert_array_equal(prompts.empty.text[1, :2], tests[0]["text"][:2])
     assert not prompts.empty.text[:, 2].any()  # not valid
     one = sources.prompted(*parts(config), "item 1", n=1, seed=0)
     np.testing.assert_array_equal(one.given.text[0], tests[1]["text"])
@@ -138,6 +140,7 @@ def test_a_folder_gives_its_items_and_its_empty_text(tmp_path):
         ({"grid.size": (4, 4, 4)}, "2 latent frames, 4 are asked for"),
         ({"grid.size": (2, 4, 8)}, "set grid.size"),
         ({"data.test": None}, "data.test is needed with data.kind=folder"),
+        ({"eval.n": 3}, "3 videos of 2 test texts: eval.n .* may be 2 at most"),
     ):
         bad = config.copy_and_resolve_references()
         bad.update_from_flattened_dict(change)
@@ -147,6 +150,56 @@ def test_a_folder_gives_its_items_and_its_empty_text(tmp_path):
     config.data.test = str(tmp_path / "wide")
     with pytest.raises(UserError, match="texts are 22 wide, the model reads 21"):
         sources.ready(*parts(config))
+
+
+def given_model(folder, kind, **sizes):
+    """A folder with the config.json of a model of two heads that reads 16 channels and texts 4096 wide."""
+    cfg = video_dit.PRESETS[f"{kind}_tiny"]
+    cfg = dataclasses.replace(cfg, frequencies=256, **(RELEASED | sizes))
+    folder.mkdir()
+    write_json(folder / "config.json", video_files.to_diffusers(cfg))
+    return {"model__path": str(folder), "data__kind": "folder"}
+
+
+@pytest.mark.parametrize(
+    "mine, other", [("wan", "hunyuan"), ("wan", "other"), ("hunyuan", "wan"), ("hunyuan", "other")]
+)
+def test_latents_of_another_model_are_refused_before_anything_is_written(mine, other, tmp_path):
+    pooled = {"pooled": latents.POOLED} if "hunyuan" in (mine, other) else {}
+    # more frames than the model's grid, of which the last are taken: the shape fits
+    encoded(tmp_path / "x", 2, model=other, shape=(16, 3, 8, 8), width=latents.TEXT, **pooled)
+    made = given_model(tmp_path / "m", mine, **({"pooled": 768} if mine == "hunyuan" else {}))
+    paths = dict(data__path=str(tmp_path / "x"), data__test=str(tmp_path / "x"))
+    says = f"x: encoded for {other}, this model reads latents and texts of {mine}: encode them"
+    with pytest.raises(UserError, match=says) as error:
+        run.run(tiny.config(tmp_path, **made, **paths), tmp_path / "w")
+    assert "\n" not in str(error.value) and not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("kind, there, needed", [("other", 0, 768), ("hunyuan", 768, 8)])
+def test_a_model_that_reads_pooled_text_is_given_it(kind, there, needed, tmp_path):
+    sizes = RELEASED if kind == "hunyuan" else dict(channels=4, out_channels=4, text=21)
+    made = given_model(tmp_path / "m", "hunyuan", **sizes, pooled=needed)
+    shape, more = (sizes["channels"], 2, 8, 8), {"pooled": there} if there else {}
+    encoded(tmp_path / "x", 1, model=kind, shape=shape, width=sizes["text"], **more)
+    config = tiny.config(tmp_path, **made, data__test=str(tmp_path / "x"), steps=0)
+    says = rf"pooled texts of {there} numbers .*, HunyuanVideo reads {needed}"
+    with pytest.raises(UserError, match=says):
+        sources.ready(*parts(config))
+
+
+def test_texts_have_as_many_slots_in_tests_as_in_training(tmp_path):
+    """Wan reads padding: with less of it the same text would be another one."""
+    for name, n in (("train", 2), ("test", 1)):  # texts of 2 and 3 tokens; of 2
+        encoded(tmp_path / name, n)
+    paths = dict(data__path=str(tmp_path / "train"), data__test=str(tmp_path / "test"))
+    config = tiny.config(tmp_path, data__kind="folder", data__channels=4, **paths)
+    for split in ("train", "test"):
+        assert batch(config, split, 1).arrays["text"].shape == (1, 3, 21)
+    encoded(tmp_path / "wan", 1, model="wan", shape=(16, 2, 8, 8), width=latents.TEXT)
+    folder = dict(data__path=str(tmp_path / "wan"), data__test=str(tmp_path / "wan"))
+    config = tiny.config(tmp_path, **given_model(tmp_path / "m", "wan"), **folder)
+    assert batch(config, "test", 1).arrays["text"].shape == (1, 512, latents.TEXT)
 
 
 def test_a_command_makes_a_folder_of_clips(clips, tmp_path, capsys):
@@ -183,22 +236,24 @@ def test_a_run_on_clips_from_files(tmp_path):
     config = tiny.config(tmp_path / "c", **CLIPS, data__clips=names, decode__pab=0, decode__few=0)
     with tiny.small(tmp_path / "programs"):
         results = run.run(config, tmp_path / "w")
-        made = run.sample(config, tmp_path / "w", n=1)
-    assert results["test/routed/error"] >= 0 and "test/dense/recognised" not in results
+        made = run.sample(config, tmp_path / "w", n=2)
     assert len(list((tmp_path / "w" / "samples").glob("*.gif"))) == 2
-    assert [Path(p).suffix for p in made] == [".gif", ".gif", "", ".json"]
+    assert [Path(p).suffix for p in made] == [".gif"] * 4 + ["", ".json"]
+    assert "test/dense/recognised" not in results
+    folder = Path(made[-1]).parent / "latents"
+    dense, routed = (latents.Latents(folder / n).arrays([0, 1]) for n in ("dense", "routed"))
+    error = np.square(dense["latents"] - routed["latents"]).mean()
+    assert results["test/routed/error"] == pytest.approx(error, rel=1e-5) and error > 0
 
 
 @pytest.mark.slow
 def test_a_run_on_a_folder_and_a_model_of_hunyuan_video(tmp_path):
     """Lengths of text, pooled text and embedded guidance through training, caching, few steps and samples."""
-    cfg = dataclasses.replace(
-        video_dit.PRESETS["hunyuan_tiny"], double=1, single=1, channels=16, out_channels=16
-    )
-    cfg = dataclasses.replace(cfg, text=770, pooled=latents.POOLED, frequencies=256)
+    cfg = dataclasses.replace(video_dit.PRESETS["hunyuan_tiny"], double=1, single=1, **RELEASED)
+    cfg = dataclasses.replace(cfg, pooled=latents.POOLED, frequencies=256)
     assert isinstance(cfg, HunyuanVideoConfig)
     video_files.save(tmp_path / "model", video_dit.init(jax.random.key(0), cfg), cfg)
-    kind = dict(model="hunyuan", shape=(16, 2, 8, 8), width=770, pooled=latents.POOLED)
+    kind = dict(model="hunyuan", shape=(16, 2, 8, 8), width=latents.TEXT, pooled=latents.POOLED)
     for seed, name in enumerate(("train", "test")):
         encoded(tmp_path / name, 4, seed=seed, **kind)
     config = tiny.config(

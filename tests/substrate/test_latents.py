@@ -190,7 +190,7 @@ def test_a_damaged_index_is_one_line_that_names_the_place(tmp_path, change, word
         (lambda e: e.update(latents=e["latents"][:8]), ["clip 3", "(8, 3, 2, 4)"]),
         (lambda e: e.update(latents=e["latents"][0]), ["clip 3", "4 axes"]),
         (lambda e: e.update(pooled=e["pooled"][:5]), ["clip 3", "(768,)"]),
-        (lambda e: e.update(text=e["text"][:, :9]), ["texts are [9, 770] wide"]),
+        (lambda e: e.update(text=e["text"][:, :9]), ["text is [9, 770] wide"]),
         (lambda e: e.update(id="clip 1"), ["clip 1", "twice"]),
     ],
 )

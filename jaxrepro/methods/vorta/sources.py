@@ -23,6 +23,7 @@ from jaxrepro.models.wan import WanConfig
 from jaxrepro.ops.video_grid import VideoGrid
 
 KINDS = ("shapes", "clips", "folder")
+FOLDERS = {"train": "path", "test": "test"}  # split -> the folder's name in config.data
 
 
 def latent_shape(cfg: Config, grid: VideoGrid) -> tuple[int, int, int, int]:
@@ -62,34 +63,49 @@ def check(config: Any, cfg: Config) -> None:
 
 
 def ready(config: Any, cfg: Config, grid: VideoGrid) -> None:
-    """Open what a run will read, before it begins; UserError where something is missing or does not fit."""
+    """Read what a run begins with and samples for; UserError where something is missing or does not fit."""
     trains = config.steps or (config.pretrain.steps and not config.model.path)
-    if config.data.kind == "folder":
-        for split in ("train", "test") if trains else ("test",):
-            folder(config, cfg, grid, split)
-    if config.data.kind == "clips":
-        clips_of(config, cfg, grid)
-    empty(config, cfg, grid, 1)
+    if config.data.kind == "folder" and trains:
+        folder(config, cfg, grid, "train")
+    test_prompts(config, cfg, grid, config.eval.n)
 
 
 # One folder ---------------------------------------------------------------------------------------
 
 
 def folder(config: Any, cfg: Config, grid: VideoGrid, split: str) -> latents.Latents:
-    """The latents of data.path, or of data.test; UserError where the model and the grid want others."""
-    name = "path" if split == "train" else "test"
+    """The latents of data.path, or of data.test; UserError where they are another model's or of another shape.
+
+    A model reads the padding of its text too, so training and tests have as many text slots: those of the released
+    model, elsewhere the longest text of both folders.
+    """
+    name = FOLDERS[split]
     if not config.data[name]:
         raise UserError(f"data.{name} is needed with data.kind=folder: latents to {split} on")
     size = latent_shape(cfg, grid)
     path = locate.data(config.data[name])
     source = latents.Latents(path, frames=size[1])
+    if family(cfg) not in ("other", source.model):
+        raise UserError(
+            f"{path}: encoded for {source.model}, this model reads latents and texts of {family(cfg)}: encode them for "
+            'it; "model" of index.json says what they are'
+        )
     if source.shape != size:
         raise UserError(
             f"{path}: latents of {source.shape}, the model and grid want {size}; set grid.size"
         )
-    width = source[0]["text"].shape[1]
-    if width != cfg.text:
-        raise UserError(f"{path}: texts are {width} wide, the model reads {cfg.text}")
+    if source.width != cfg.text:
+        raise UserError(f"{path}: texts are {source.width} wide, the model reads {cfg.text}")
+    if isinstance(cfg, HunyuanVideoConfig) and source.pooled != cfg.pooled:
+        raise UserError(
+            f"{path}: pooled texts of {source.pooled} numbers (0: not in every item), HunyuanVideo reads {cfg.pooled}"
+        )
+    if config.decode.vae and source.model == "other":
+        raise UserError(f"{path}: decode.vae decodes no latents of {source.model}; leave it out")
+    if family(cfg) == "other":
+        paths = {config.data[key] for key in FOLDERS.values()} - {config.data[name], None}
+        others = [latents.Latents(locate.data(p), frames=size[1]) for p in paths]
+        source.slots = max(x.slots for x in (source, *others))
     return source
 
 
@@ -156,13 +172,33 @@ def prompted(
 ) -> Prompts:
     """n videos of one prompt, each its own noise; without a prompt one of each of the first n test texts of the seed.
 
-    A prompt is four words of moving shapes, the name of a clip, or the id of an item of data.test.
+    A prompt is four words of moving shapes, the name of a clip, or the id of an item of data.test. UserError where a
+    folder or clips have fewer than n texts; decode.empty is none of them.
     """
     if prompt is None:
-        batch = dataset(config, cfg, grid, "test", batch=n, seed=seed)[0]
-        return _prompts(config, cfg, grid, batch.ids, batch.arrays, seed)
+        return _prompts(config, cfg, grid, *_tests(config, cfg, grid, n, seed), seed)
     arrays = {k: np.repeat(v, n, 0) for k, v in _prompt(config, cfg, grid, prompt).items()}
     return _prompts(config, cfg, grid, [prompt] * n, arrays, seed)
+
+
+def _tests(config, cfg, grid, n, seed):
+    """Names and arrays of the first n test texts."""
+    if config.data.kind == "shapes":
+        batch = dataset(config, cfg, grid, "test", batch=n, seed=seed)[0]
+        return batch.ids, batch.arrays
+    if config.data.kind == "folder":
+        source = folder(config, cfg, grid, "test")
+        rows = [i for i, name in enumerate(source.ids) if name != config.decode.empty]
+        read = lambda rows: ([source.ids[i] for i in rows], source.arrays(rows))
+    else:
+        found = clips_of(config, cfg, grid)
+        rows = found.rows["test"]
+        read = lambda rows: ([row["id"] for row in rows], found.arrays(rows, cfg.text))
+    if n > len(rows):
+        raise UserError(
+            f"{n} videos of {len(rows)} test texts: eval.n (of jaxrepro.sample --n) may be {len(rows)} at most"
+        )
+    return read(rows[:n])
 
 
 def _prompt(config, cfg, grid, prompt):
@@ -262,9 +298,16 @@ def pictures(
     if not config.decode.vae:
         basis = locate.data(config.data.test).parent / clip_latents.BASIS
         return PatchPCA.load(basis).decode(x) if basis.is_file() else None
-    return video_output.decode(x, family(cfg), config.decode.vae)
+    made = folder(config, cfg, grid, "test").model
+    return video_output.decode(x, made, config.decode.vae)
 
 
 def family(cfg: Config) -> str:
-    """The model in the words of data/latents.py, where a VAE belongs to it."""
-    return "hunyuan" if isinstance(cfg, HunyuanVideoConfig) else "wan"
+    """The model whose latents and texts it reads, in the words of data/latents.py; other = nobody's but its own.
+
+    A model is taken for HunyuanVideo or Wan 2.1 by the width of its text and its channels, which also a model of
+    other depth shares.
+    """
+    name = "hunyuan" if isinstance(cfg, HunyuanVideoConfig) else "wan"
+    own = cfg.channels, cfg.text
+    return name if own == (latents.CHANNELS[name], latents.TEXT) else "other"
