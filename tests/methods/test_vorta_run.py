@@ -342,7 +342,18 @@ REFUSED = {
     "there is no file gone.safetensors": {"steps": 0, "router__path": "gone.safetensors"},
     "window of 2 tiles along height must be odd": {"grid__window": (1, 2, 1)},
     "mesh.sequence=4 does not divide the 2 attention heads": {"mesh": (2, 1, 4, 1)},
-    "mesh.tensor=2 splits the heads": {"mesh": (1, 2, 2, 2)},
+    "mesh.tensor=2 splits the heads": {"mesh": (1, 4, 1, 2)},
+    "router.batch / router.micro_batches=2 does not divide over data * fsdp = 4": {
+        "mesh": (4, 1, 2, 1),
+        "router__micro_batches": 2,
+    },
+    "router.batch / router.micro_batches=4 does not divide over data * fsdp = 8": {
+        "mesh": (-1, 1, 1, 1)
+    },
+    "pretrain.batch=2 does not divide over data * fsdp = 4": {
+        "mesh": (2, 2, 2, 1),
+        "pretrain__batch": 2,
+    },
 }
 
 

@@ -1,6 +1,7 @@
 """Helper: VORTA at its smallest, compiled fast and each program once."""
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -35,11 +36,18 @@ SETTINGS = {
 }
 
 
+@functools.cache
+def base():
+    """The config of size tiny with SETTINGS, read once."""
+    return configuration.load("configs/vorta.py:tiny", SETTINGS)
+
+
 def config(cache, **changes):
-    """The config of size tiny with SETTINGS and its own cache; `loss__reg=0.0` sets loss.reg."""
+    """A copy of `base` with its own cache; `loss__reg=0.0` sets loss.reg."""
+    made = base().copy_and_resolve_references()
     changes = {k.replace("__", "."): v for k, v in changes.items()}
-    own = {"pretrain.cache": str(cache)}
-    return configuration.load("configs/vorta.py:tiny", SETTINGS | own | changes)
+    made.update_from_flattened_dict({"pretrain.cache": str(cache)} | changes)
+    return made
 
 
 def small(folder):

@@ -70,12 +70,13 @@ def run(
 def opened(config: Any) -> Setting:
     """The setting of a config that can run: what it reads is there and fits. UserError before anything is written."""
     check(config)
-    if not config.model.path and config.model.shape in video_dit.PRESETS:
+    if not config.model.path and not pretrains(config):
         raise UserError(
             f"model.shape={config.model.shape} is a released model: give its folder as model.path (small and medium "
             "are trained here)"
         )
     s = setting.prepare(config)
+    fits(config, s.cfg, s.grid, s.mesh)  # with its axis of -1, if it has one, filled in
     sources.ready(config, s.cfg, s.grid)
     if config.decode.vae:
         samples.installed(config)
@@ -94,7 +95,6 @@ def check(config: Any) -> None:
     drawing.check(config)
     samples.check(config)
     mesh = sharding.abstract_mesh(config.mesh)
-    ulysses.check(mesh, heads=cfg.heads, tokens=grid.length)
     least = (
         ("steps", config.steps, 0),
         ("router.batch", r.batch, 1),
@@ -113,6 +113,7 @@ def check(config: Any) -> None:
         raise UserError(
             f"router.micro_batches={r.micro_batches} does not divide router.batch={r.batch}; use a divisor"
         )
+    fits(config, cfg, grid, mesh)
     heads = cfg.heads // mesh.shape["sequence"]  # of a device
     if r.chunk and r.chunk < heads and heads % r.chunk:
         raise UserError(
@@ -146,6 +147,30 @@ def check(config: Any) -> None:
         )
     if max(grid.size) > getattr(cfg, "positions", max(grid.size)):
         raise UserError(f"grid.size={grid.size} exceeds the model's {cfg.positions} positions")
+
+
+def fits(config: Any, cfg: Any, grid: Any, mesh: Any) -> None:
+    """UserError where heads, video tokens or the rows of a batch do not divide over the mesh."""
+    if (parts := mesh.shape["tensor"]) > 1:
+        raise UserError(
+            f"mesh.tensor={parts} splits the heads, which routed attention deals out by branch: use the axis sequence "
+            "(Ulysses) or fsdp, and tensor 1"
+        )
+    ulysses.check(mesh, heads=cfg.heads, tokens=grid.length)
+    section, batches = config.router, {}
+    if config.steps:
+        rows = section.batch // section.micro_batches
+        batches["router.batch / router.micro_batches"] = rows
+    elif {*config.decode.controls} & {*evaluation.SEARCHED}:
+        batches["router.batch"] = section.batch
+    if pretrains(config):
+        batches["pretrain.batch"] = config.pretrain.batch
+    sharding.check_batches(mesh, **batches)
+
+
+def pretrains(config: Any) -> bool:
+    """Whether the video model is trained here."""
+    return not config.model.path and config.model.shape not in video_dit.PRESETS
 
 
 def model(run: Run, s: Setting) -> Any:
@@ -262,7 +287,7 @@ def sample(
 def plan(config: Any) -> memory.Plan:
     """Shapes of the stage that needs the most memory, for --dry_run; touches no file, network or device."""
     check(config)
-    trains = not config.model.path and config.model.shape not in video_dit.PRESETS
+    trains = pretrains(config)
     stages = [_router_plan(config)] if config.steps or not trains else []
     if trains:
         stages.append(_pretrain_plan(config))
