@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vorta_walks import drawn
 
 from jaxrepro.config import UserError
 from jaxrepro.methods.vorta import objective, router
@@ -18,7 +19,8 @@ from jaxrepro.models.video_dit import Condition
 from jaxrepro.ops.video_grid import VideoGrid
 
 GRID = VideoGrid((4, 2, 2), (1, 2, 2), window=(3, 1, 1), bucket=(2, 2, 2))
-WAN = video_dit.PRESETS["wan_tiny"]
+# five blocks are one program that is run five times; up to four are a program each
+WAN = replace(video_dit.PRESETS["wan_tiny"], layers=5, ffn=8)
 HUNYUAN = replace(video_dit.PRESETS["hunyuan_tiny"], double=1, single=1)
 WEIGHTS = dict(diff=1.0, reg=0.3, last=20.0, hidden=0.5)
 
@@ -35,21 +37,10 @@ def batch_of(cfg, times=(900.0, 120.0)):
     return Batch(draw(b, 4, 4, 4, 4), draw(b, 4, 4, 4, 4), jnp.array(times), condition)
 
 
-def params_of(cfg):
-    """Parameters without zeros, so that every part of the model counts."""
-    flat, tree = jax.tree.flatten(video_dit.init(jax.random.key(0), cfg))
-    keys = jax.random.split(jax.random.key(2), len(flat))
-    return jax.tree.unflatten(
-        tree, [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, flat)]
-    )
-
-
 @partial(jax.jit, static_argnames=("cfg", "chunk"))
 def wan_loss(r, params, batch, cfg=WAN, chunk=None):
     """(loss, weight, aux), its gradient to routers and model."""
-    fn = partial(
-        objective.loss, cfg=cfg, grid=GRID, branches=router.branches(cfg), chunk=chunk, **WEIGHTS
-    )
+    fn = partial(objective.loss, cfg=cfg, grid=GRID, chunk=chunk, **WEIGHTS)
 
     def total(r, params):
         loss, weight, aux = fn(r, batch, params=params)
@@ -60,7 +51,7 @@ def wan_loss(r, params, batch, cfg=WAN, chunk=None):
 
 @pytest.fixture(scope="module")
 def wan():
-    r, params, batch = router.init(jax.random.key(1), WAN), params_of(WAN), batch_of(WAN)
+    r, params, batch = router.init(jax.random.key(1), WAN), drawn(WAN), batch_of(WAN)
     return r, params, batch, wan_loss(r, params, batch)
 
 
@@ -128,6 +119,7 @@ def test_the_loss_is_its_terms_of_two_runs_of_the_model(wan):
                                        attend=attend, layout=GRID, collect=lambda x, _, l: x),
         static_argnums=0,
     )  # fmt: skip
+    # Wan's own branches, without being named above: keys follow the match of the queries
     mixed, states = run(objective.soft(g, GRID, branches=router.branches(WAN)))
     dense, dense_states = run(video_dit.full)
     mean = lambda x: np.square(x).mean((1, 2, 3, 4))
@@ -150,9 +142,9 @@ def test_the_loss_is_its_terms_of_two_runs_of_the_model(wan):
 
 def test_only_routers_have_a_gradient_and_those_of_every_block(wan):
     *_, (_, (to_router, to_model)) = wan
-    assert all((x == 0).all() for x in jax.tree.leaves(to_model))
+    assert not any(np.any(x) for x in jax.tree.leaves(to_model))
     for leaf in to_router.values():
-        assert (jnp.abs(leaf).max(tuple(range(1, leaf.ndim))) > 1e-6).all()
+        assert (np.abs(leaf).max(tuple(range(1, leaf.ndim))) > 1e-6).all()
 
 
 def test_each_video_has_its_own_time_and_rule(wan):
@@ -175,19 +167,17 @@ def test_heads_in_chunks_and_blocks_computed_again_give_the_same(wan):
 
 @pytest.mark.slow
 def test_full_gates_of_a_model_with_text_cost_nothing_to_keep():
-    batch, params = batch_of(HUNYUAN), params_of(HUNYUAN)
+    params = drawn(HUNYUAN)
     r = jax.tree.map(lambda s: jnp.zeros(s.shape), router.abstract(HUNYUAN))
-    fn = jax.jit(
-        lambda r: objective.loss(
-            r, batch, params=params, cfg=HUNYUAN, grid=GRID, branches=router.branches(HUNYUAN)
-        )
-    )
-    _, _, even = fn(r)
+    fn = jax.jit(lambda r, b: objective.loss(r, b, params=params, cfg=HUNYUAN, grid=GRID))
+    early, late = (batch_of(HUNYUAN, times) for times in ((900.0, 700.0), (190.0, 120.0)))
+    _, _, even = fn(r, early)
     assert even["last"] > 1e-5
     np.testing.assert_allclose(even["reg"], 2 * 2 / 9, rtol=1e-5)
     r["bias"] = r["bias"].at[..., 0].set(100.0)
-    total, _, dense = fn(r)
+    total, _, dense = fn(r, early)
     assert dense["last"] < 1e-10
-    # below t = 200 nothing is left but the penalty of two blocks; above, the diffusion loss too
     np.testing.assert_allclose(dense["diffusion"], dense["reference_diffusion"], rtol=1e-5)
-    assert 2 * 0.04 < total < 2 * 0.04 + dense["diffusion"]
+    # the penalty of two blocks of two videos; below t = 200 nothing is left beside it
+    np.testing.assert_allclose(total, 4 * 0.02 + dense["diffusion"], rtol=1e-5)
+    np.testing.assert_allclose(fn(r, late)[0], 4 * 0.02, rtol=1e-5)

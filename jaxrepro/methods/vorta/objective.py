@@ -35,6 +35,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxrepro.config import UserError
 from jaxrepro.methods.vorta.router import BRANCHES, gates
+from jaxrepro.methods.vorta.router import branches as branches_of
 from jaxrepro.methods.vorta.ulysses import spread
 from jaxrepro.models import video_dit
 from jaxrepro.models.video_dit import Attend, Condition, Config
@@ -143,8 +144,9 @@ def soft(
 ) -> Attend:
     """Attention of a video model as the mixture of branches by the gates of each row and block.
 
-    The model's layout must be `grid`. chunk: heads computed at once, and again for the gradient. Heads lie on the
-    devices of the mesh's `sequence` axis (ulysses.py), where one is in force.
+    The model's layout must be `grid`. branches: of `router.branches(cfg)`; Wan's are not these, which are HunyuanVideo's.
+    chunk: heads computed at once, and again for the gradient. Heads lie on the devices of the mesh's `sequence` axis
+    (ulysses.py), where one is in force.
     """
 
     by = spread(partial(routed.mix, chunk=chunk, branches=branches))
@@ -172,7 +174,7 @@ def loss(
     params: dict[str, Any],
     cfg: Config,
     grid: VideoGrid,
-    branches: tuple[Callable[..., Array], ...] = routed.BRANCHES,
+    branches: tuple[Callable[..., Array], ...] | None = None,
     without: Sequence[str] = (),
     timeless: bool = False,
     chunk: int | None = None,
@@ -186,9 +188,10 @@ def loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Array]]:
     """L summed over the videos, their number, and curves as sums. Pure: jit, grad, vmap it at will.
 
-    params: of the model, frozen. without, timeless: as in `router.gates`. aux: diffusion, reference_diffusion (of the
-    dense model), last, reg, hidden (where it counts), and the gates' means full, coreset, sliding. With
-    `cfg.remat` = "full" a block keeps its input and is computed again for the gradient, all branches included.
+    params: of the model, frozen. branches: None = `router.branches(cfg)`, as `sampling.sample` has them. without,
+    timeless: as in `router.gates`. aux: diffusion, reference_diffusion (of the dense model), last, reg, hidden (where
+    it counts), and the gates' means full, coreset, sliding. With `cfg.remat` = "full" a block keeps its input and is
+    computed again for the gradient, all branches included.
     """
     params = jax.lax.stop_gradient(params)
     x = noisy(batch)
@@ -201,6 +204,7 @@ def loss(
     velocity = partial(
         video_dit.apply, params, cfg, x, batch.t, batch.condition, layout=grid
     )  # of an attention
+    branches = branches_of(cfg) if branches is None else branches
     mixture = soft(g, grid, branches=branches, chunk=chunk)
     apart = jnp.zeros_like(batch.t)
     if hidden > 0:

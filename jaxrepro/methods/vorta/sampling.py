@@ -56,6 +56,7 @@ def hard(
     """Attention of a video model by the branch of each head; the model's layout must be `grid`. Forward only.
 
     order: of the heads over the devices of a mesh (`ulysses.balance`). chunk: heads of a branch computed at once.
+    branches: of `router.branches(cfg)`; Wan's are not these, which are HunyuanVideo's.
     """
     by = spread(partial(routed.routed, chunk=chunk, branches=branches))
 
