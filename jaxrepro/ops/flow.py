@@ -15,7 +15,7 @@ step, and in the last prediction, whose sigma' is 0.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -157,23 +157,8 @@ def step(row: Plan, state: State, v: Float[Array, "..."]) -> State:
     return State(p[0] * x + p[1] * m + p[2] * state.last, x, m, state.last)
 
 
-def sample(
-    velocity: Callable[[Array, Array, Array], Array], x: Float[Array, "b ..."], plan: Plan
-) -> Float[Array, "b ..."]:
-    """x_0 (float32) from noise x: one scan over the steps. velocity(x, t (b,), step) -> v; step is a traced integer."""
-    n = len(plan.t)
-    rows = jax.tree.map(jnp.asarray, plan)
-
-    def body(state, each):
-        i, row = each
-        t = jnp.full(x.shape[0], row.t)
-        return step(row, state, velocity(state.x, t, i)), None
-
-    return jax.lax.scan(body, start(plan, x), (jnp.arange(n), rows))[0].x
-
-
 def both(given: Any, empty: Any) -> Any:
-    """Two conditions as one batch for `guided`: trees of (b, ...) become (2b, ...), the empty one second."""
+    """Two conditions as one batch, whose velocities `guide` takes: trees of (b, ...) become (2b, ...), the empty one second."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), given, empty)
 
 
@@ -185,23 +170,10 @@ def check_scale(scale: Any) -> None:
 
 
 def guide(v: Float[Array, "b2 ..."], scale: float | Array) -> Float[Array, "b ..."]:
-    """v_empty + scale (v_given - v_empty), float32, of the velocities of `both`."""
+    """Classifier-free guidance: v_empty + scale (v_given - v_empty), float32, of the velocities of `both`.
+
+    The sides share the time, so a route that depends on the time alone serves both.
+    """
     check_scale(scale)
     given, empty = jnp.split(v.astype(jnp.float32), 2)
     return empty + scale * (given - empty)
-
-
-def guided(
-    velocity: Callable[[Array, Array, Array], Array], scale: float
-) -> Callable[[Array, Array, Array], Array]:
-    """Classifier-free guidance, v = v_empty + scale (v_given - v_empty), both sides in one batch.
-
-    `velocity` works on 2b rows, conditioned by `both`; what comes back works on b. The sides share the time, so a
-    route that depends on the time alone serves both.
-    """
-
-    def call(x, t, i):
-        twice = lambda a: jnp.concatenate([a, a])
-        return guide(velocity(twice(x), twice(t), i), scale)
-
-    return call

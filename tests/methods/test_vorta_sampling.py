@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flow_walk import walk
 from vorta_walks import GRID, HUNYUAN, WAN, condition, drawn, noise
 
 from jaxrepro.config import UserError
-from jaxrepro.methods.vorta import sampling
+from jaxrepro.methods.vorta import objective, sampling
 from jaxrepro.models import video_dit
 from jaxrepro.models.video_dit import Condition
 from jaxrepro.ops import flow, routed
 
 
-def test_one_program_serves_all_tables_times_and_scales_and_zeros_are_the_dense_model():
+def test_one_program_serves_all_tables_and_is_the_dense_model_and_the_mixture_of_one_gate():
     traced = []
 
     def counted(f):
@@ -48,14 +49,27 @@ def test_one_program_serves_all_tables_times_and_scales_and_zeros_are_the_dense_
     for other in others:
         assert jnp.abs(other - dense).max() > 1e-4
 
-    @jax.jit
-    def by_hand(x):
-        both = flow.both(given, empty)
-        field = lambda x, t, i: video_dit.apply(params, WAN, x, t, both)
-        return flow.sample(flow.guided(field, 5.0), x, plan)
+    def walked(attend_of):
+        def field(x, t, i):
+            x, t = (jnp.concatenate([a, a]) for a in (x, t))
+            both, attend = flow.both(given, empty), attend_of(i)
+            more = dict(attend=attend, layout=None if attend is video_dit.full else GRID)
+            return flow.guide(video_dit.apply(params, WAN, x, t, both, **more), 5.0)
 
-    want = by_hand(x)
-    np.testing.assert_allclose(dense, want, atol=3e-5 * float(jnp.abs(want).max()))
+        return walk(field, x, plan)
+
+    close = lambda a, b, to: np.testing.assert_allclose(a, b, atol=to * float(jnp.abs(b).max()))
+    close(dense, jax.jit(lambda: walked(lambda i: video_dit.full))(), 3e-5)
+
+    @jax.jit
+    def soft(table):
+        """The same by mixtures of all branches, whose gates are 0 and 1."""
+        g = jax.nn.one_hot(jnp.stack([table, table], 1), 3)
+        return walked(lambda i: objective.soft(g[i], GRID))
+
+    # float32: a model's residual stream and its conditions have no more
+    close(soft(jnp.asarray(late)), others[0], 2e-6)
+    close(soft(jnp.asarray(zeros + 1)), others[1], 2e-6)
 
 
 def test_each_row_has_its_own_route_and_text_length():
@@ -66,8 +80,9 @@ def test_each_row_has_its_own_route_and_text_length():
     run = functools.partial(sampling.sample, params, HUNYUAN, plan=plan, grid=GRID, chunk=1)
     whole = run(x, c, table=table)
     for j in range(2):
-        alone = run(x[j : j + 1], jax.tree.map(lambda a: a[j : j + 1], c), table=table[:, [j]])  # noqa: B023
-        np.testing.assert_allclose(whole[j], alone[0], atol=3e-5 * float(jnp.abs(whole).max()))
+        rows = jnp.array([j, j])
+        twice = run(x[rows], jax.tree.map(lambda a: a[rows], c), table=table[:, rows])  # noqa: B023
+        np.testing.assert_allclose(twice[0], whole[j], atol=3e-5 * float(jnp.abs(whole).max()))
     # the text beyond a row's length is never read
     padded = c._replace(text=c.text.at[0, 2:].set(jnp.nan))
     np.testing.assert_array_equal(run(x, padded, table=table), whole)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flow_walk import walk
 
 from jaxrepro.models import video_dit, video_files
 from jaxrepro.models.video_dit import Condition
@@ -194,5 +195,5 @@ def compare(plan, peer):
         v = velocity(theirs, t.float(), torch.sin, torch.tanh)
         theirs = peer.step(v, t, theirs, return_dict=False)[0]
     field = lambda x, t, i: velocity(x, t[:, None, None], jnp.sin, jnp.tanh)
-    ours = jax.jit(lambda x: flow.sample(field, x, plan))(jnp.asarray(noise))
+    ours = jax.jit(lambda x: walk(field, x, plan))(jnp.asarray(noise))
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)

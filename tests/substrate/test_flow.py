@@ -2,10 +2,10 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flow_walk import walk
 
 from jaxrepro.config import UserError
 from jaxrepro.ops import flow
@@ -46,11 +46,11 @@ def test_a_model_that_knows_the_answer_ends_at_it(name, steps):
     plan = PLANS[name](steps=steps)
     x_0 = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)), jnp.float32)
     sigma = jnp.asarray(plan.sigma)
-    out = flow.sample(lambda x, t, i: (x - x_0) / sigma[i], 5 * x_0 + 1, plan)
+    out = walk(lambda x, t, i: (x - x_0) / sigma[i], 5 * x_0 + 1, plan)
     np.testing.assert_allclose(out, x_0, atol=2e-5)
 
 
-def walk(field, x, steps, shift):
+def by_formulas(field, x, steps, shift):
     """UniPC step by step in float64, from the paper's formulas: the differences of m written out, no tables."""
     s = 1 - np.linspace(1, 0.001, steps + 1)
     sigma = np.append((shift * s / (1 + (shift - 1) * s))[::-1][:-1], 0)
@@ -86,36 +86,20 @@ def walk(field, x, steps, shift):
 def test_unipc_by_tables_equals_its_formulas(steps):
     field = lambda x, t, of=np: of.sin(2 * x) + 0.5 * (t / 1000) * x
     x = np.linspace(-2, 2, 7)[:, None]
-    ours = flow.sample(
+    ours = walk(
         lambda x, t, i: field(x, t[:, None], jnp),
         jnp.asarray(x, jnp.float32),
         flow.unipc(steps=steps),
     )
-    np.testing.assert_allclose(ours, walk(field, x, steps, 5.0), atol=2e-5)
+    np.testing.assert_allclose(ours, by_formulas(field, x, steps, 5.0), atol=2e-5)
 
 
-def test_one_compilation_serves_all_steps():
-    traced = []
-
-    def field(x, t, i):
-        traced.append(1)
-        return -x
-
-    jax.jit(lambda x: flow.sample(field, x, flow.unipc(steps=50)))(jnp.ones((1, 2)))
-    assert len(traced) == 1
-
-
-def test_guidance_runs_both_sides_in_one_batch():
-    given, empty = {"a": jnp.array([[2.0]])}, {"a": jnp.array([[1.0]])}
-    c = flow.both(given, empty)
-    seen = []
-
-    def velocity(x, t, i):
-        seen.append(x.shape)
-        return x * c["a"]
-
-    v = flow.guided(velocity, 5.0)(jnp.array([[3.0]]), jnp.array([7.0]), 0)
-    assert seen == [(2, 1)] and v.tolist() == [[3.0 + 5 * (6.0 - 3.0)]]
+def test_guidance_goes_from_the_empty_side_to_the_given_one_and_beyond():
+    c = flow.both({"a": jnp.array([[2.0]])}, {"a": jnp.array([[1.0]])})
+    v = jnp.array([[3.0], [3.0]]) * c["a"]  # given first
+    assert v.tolist() == [[6.0], [3.0]]
+    assert flow.guide(v, 5.0).tolist() == [[3.0 + 5 * (6.0 - 3.0)]]
+    assert flow.guide(v, 1.0).tolist() == [[6.0]]
 
 
 @pytest.mark.parametrize(
