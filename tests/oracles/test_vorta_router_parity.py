@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from jaxrepro.methods.vorta import planted, setting
 from jaxrepro.models.video_parts import sinusoid
@@ -37,7 +36,7 @@ def test_steps_of_the_routers_are_those_of_torch():
         "kernel": jnp.asarray(kernel[None]),
         "bias": jnp.asarray(linear.bias.detach().numpy().reshape(1, HEADS, 3).copy()),
     }
-    rule = setting.optimizer(ConfigDict({"lr": 1e-2, "weight_decay": 0.01}))
+    rule = setting.optimizer(lr=1e-2, weight_decay=0.01)
     state = init_state(params, rule)
     loss = lambda *given: planted.gram_loss(*given, reg=REG)
     step = jax.jit(make_step(loss, rule, max_grad_norm=1.0))

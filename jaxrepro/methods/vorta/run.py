@@ -305,9 +305,8 @@ def _router_plan(config):
         _placed(video_dit.axes(cfg), frozen, mesh),
         _placed(router.axes(cfg), router.abstract(cfg), mesh),
     )
-    state = jax.eval_shape(
-        partial(init_state, optimizer=setting.optimizer(section)), router.abstract(cfg)
-    )
+    rule = partial(init_state, optimizer=setting.optimizer())
+    state = jax.eval_shape(rule, router.abstract(cfg))
     rows = -(-section.batch // section.micro_batches)
     return memory.Plan(
         params={"model": at[0], "router": at[1]},

@@ -158,17 +158,17 @@ def dense_step(run: Run, s: Setting) -> tuple[State, Callable[..., Any]]:
     return state, compile_step(step, at)
 
 
-def optimizer(section: Any) -> optim.Scheduled:
+def optimizer(*, lr: float = 1e-2, weight_decay: float = 0.01) -> optim.Scheduled:
     """AdamW at a constant rate, weight decay on biases too, as the official code trains routers."""
-    rule = optim.Scheduled(*optax.adamw(section.lr, weight_decay=section.weight_decay))
-    rule.schedule = lambda step: jnp.float32(section.lr)
+    rule = optim.Scheduled(*optax.adamw(lr, weight_decay=weight_decay))
+    rule.schedule = lambda step: jnp.float32(lr)
     return rule
 
 
 def router_step(run: Run, s: Setting, begin: Callable[[], Any]) -> tuple[State, Callable[..., Any]]:
     """The state of the routers, resumed or begun, and `step(state, (model, rows, key))`."""
     section = s.config.router
-    rule = optimizer(section)
+    rule = optimizer(lr=section.lr, weight_decay=section.weight_decay)
     abstract = jax.eval_shape(partial(init_state, optimizer=rule), router.abstract(s.cfg))
     at = state_shardings(abstract, s.router_at, s.mesh)
     state = run.restore(
