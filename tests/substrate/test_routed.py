@@ -20,11 +20,19 @@ from jaxrepro.ops.video_grid import VideoGrid
 GRID = VideoGrid((5, 4, 3), (2, 2, 2), bucket=(2, 2, 2))
 HEADS = 6
 TEXT = jnp.asarray([1, 2])
+EXACT = 1e-12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float64():
+    """Equal means equal to 1e-12 of numbers of size 1."""
+    with oracle.float64():
+        yield
 
 
 @pytest.fixture(scope="module")
 def qkv():
-    return tuple(map(jnp.asarray, oracle.draw(0, GRID.size, b=2, h=HEADS, text=2, dtype="float32")))
+    return tuple(map(jnp.asarray, oracle.draw(0, GRID.size, b=2, h=HEADS, text=2)))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,7 @@ def test_every_branch_is_its_definition_in_raster_order(qkv):
     assert [b.value for b in Branch] == [0, 1, 2]
     for name, branch in (("full", "full"), ("coreset", 1), ("sliding", Branch.sliding)):
         got = jax.jit(partial(attention, grid=GRID, branch=branch, text=TEXT))(*qkv)
-        np.testing.assert_allclose(got[0], want[name], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(got[0], want[name], rtol=0, atol=EXACT)
 
 
 def dense_reference(branch, q, k, v, valid, data):
@@ -90,16 +98,15 @@ def test_the_gradient_of_a_branch_is_that_of_its_dense_reference(branch):
     valid = 1
     data = oracle.draw(3, GRID.size, h=2, text=2)
     weight = oracle.draw(4, GRID.size, h=2, text=2)[0]
-    with oracle.float64():
-        qkv = tuple(map(jnp.asarray, data))
-        ours = partial(attention, grid=GRID, branch=branch, text=jnp.asarray([valid]))
-        loss = lambda f, *qkv: jnp.vdot(weight, f(*qkv).reshape(weight.shape))
-        got = jax.jit(jax.grad(partial(loss, ours), argnums=(0, 1, 2)))(*qkv)
-        dense = lambda *qkv: dense_reference(branch, *(x[0] for x in qkv), valid, data)
-        want = jax.jit(jax.grad(partial(loss, dense), argnums=(0, 1, 2)))(*qkv)
-        for a, b in zip(got, want):
-            assert np.abs(b).max() > 0.1
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+    qkv = tuple(map(jnp.asarray, data))
+    ours = partial(attention, grid=GRID, branch=branch, text=jnp.asarray([valid]))
+    loss = lambda f, *qkv: jnp.vdot(weight, f(*qkv).reshape(weight.shape))
+    got = jax.jit(jax.grad(partial(loss, ours), argnums=(0, 1, 2)))(*qkv)
+    dense = lambda *qkv: dense_reference(branch, *(x[0] for x in qkv), valid, data)
+    want = jax.jit(jax.grad(partial(loss, dense), argnums=(0, 1, 2)))(*qkv)
+    for a, b in zip(got, want):
+        assert np.abs(b).max() > 0.1
+        np.testing.assert_allclose(a, b, rtol=0, atol=EXACT)
 
 
 def test_any_route_is_the_direct_computation_by_one_program(qkv, direct):
@@ -120,11 +127,11 @@ def test_any_route_is_the_direct_computation_by_one_program(qkv, direct):
     @given(st.lists(st.integers(0, 2), min_size=HEADS, max_size=HEADS))
     def check(route):
         got = run(jnp.asarray(route))
-        np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=EXACT)
 
     for route in ([0] * 6, [1] * 6, [2] * 6, [0, 0, 1, 1, 2, 2], [2, 1, 1, 1, 1, 1]):
         got = run(jnp.asarray(route))
-        np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=EXACT)
     check()
     # a chunk of four heads and a single one for each branch, each traced once
     assert sorted(n for _, n in traces) == [1, 1, 1, 4, 4, 4]
@@ -136,20 +143,20 @@ def test_the_chunk_changes_nothing(qkv, direct, chunk):
     route = [2, 0, 2, 1, 2, 1]
     run = jax.jit(lambda route: routed(*qkv, route, GRID, text=TEXT, chunk=chunk))
     got = run(jnp.asarray(route))
-    np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=EXACT)
 
 
 def test_rows_may_have_routes_of_their_own(qkv, direct):
     routes = [[2, 0, 2, 1, 2, 1], [1, 1, 0, 0, 2, 2]]
     got = jax.jit(lambda route: routed(*qkv, route, GRID, text=TEXT))(jnp.asarray(routes))
     for row, route in enumerate(routes):
-        np.testing.assert_allclose(got[row], chosen(direct, route)[row], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(got[row], chosen(direct, route)[row], rtol=0, atol=EXACT)
 
 
 def test_a_route_is_taken_by_the_library_call(qkv, direct):
     route = [2, 0, 2, 1, 2, 1]
     call = partial(attention, grid=GRID, branch=jnp.asarray(route), text=TEXT, order="layout")
-    np.testing.assert_allclose(jax.jit(call)(*qkv), chosen(direct, route), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(call)(*qkv), chosen(direct, route), rtol=0, atol=EXACT)
 
 
 def test_the_kernel_of_sliding_heads_is_the_callers_choice(qkv, direct, monkeypatch):
@@ -167,27 +174,27 @@ def test_the_kernel_of_sliding_heads_is_the_callers_choice(qkv, direct, monkeypa
     got = jax.jit(partial(call, branch=jnp.asarray(route)))(*qkv)
     sliding.by_kernel.cache_clear()
     assert seen
-    np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=EXACT)
 
 
 def test_heads_that_change_places_change_places_in_the_output(qkv):
     route, turn = jnp.asarray([2, 0, 2, 1, 2, 1]), jnp.asarray([3, 5, 0, 1, 4, 2])
     run = jax.jit(lambda q, k, v, route: routed(q, k, v, route, GRID, text=TEXT))
     turned = run(*(x[:, :, turn] for x in qkv), route[turn])
-    np.testing.assert_allclose(turned, run(*qkv, route)[:, :, turn], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(turned, run(*qkv, route)[:, :, turn], rtol=0, atol=EXACT)
 
 
 def test_one_hot_gates_are_the_route(qkv, direct):
     route = [2, 0, 2, 1, 2, 1]
     gates = jnp.broadcast_to(jax.nn.one_hot(jnp.asarray(route), 3), (2, HEADS, 3))
     got = jax.jit(partial(mix, grid=GRID, text=TEXT))(*qkv, gates)
-    np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got, chosen(direct, route), rtol=0, atol=EXACT)
 
 
 def test_gates_weigh_the_branches_and_chunks_change_neither_value_nor_gradient(qkv, direct):
     gates = jax.nn.softmax(jax.random.normal(jax.random.key(1), (2, HEADS, 3)))
     want = np.einsum("bhj,jbshi->bshi", gates, direct)
-    weight = jnp.asarray(oracle.draw(2, GRID.size, b=2, h=HEADS, text=2, dtype="float32")[0])
+    weight = jnp.asarray(oracle.draw(2, GRID.size, b=2, h=HEADS, text=2)[0])
     found = []
     for chunk in (None, 2):
 
@@ -197,12 +204,12 @@ def test_gates_weigh_the_branches_and_chunks_change_neither_value_nor_gradient(q
 
         step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
         slopes, o = step(qkv[0], gates)
-        np.testing.assert_allclose(o, want, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(o, want, rtol=0, atol=EXACT)
         found.append(slopes)
     for a, b in zip(*found):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(a, b, rtol=0, atol=EXACT)
     of_gates = np.einsum("bshi,jbshi->bhj", weight, direct)
-    np.testing.assert_allclose(found[0][1], of_gates, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(found[0][1], of_gates, rtol=0, atol=EXACT)
 
 
 def test_a_branch_of_its_own_may_take_the_place_of_another(qkv, direct):
@@ -212,7 +219,7 @@ def test_a_branch_of_its_own_may_take_the_place_of_another(qkv, direct):
     )
     got = jax.jit(partial(call, order="layout"))(*qkv)
     want = jax.jit(partial(shared, grid=GRID, text=TEXT))(*qkv)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(got, want, rtol=0, atol=EXACT)
     assert np.abs(got - direct[1]).max() > 0.01
 
 
