@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vorta_walks import HUNYUAN, WAN, condition, drawn, noise, tokens
+from vorta_walks import GRID, HUNYUAN, WAN, condition, drawn, noise, tokens
 
 from jaxrepro.config import UserError
-from jaxrepro.methods.vorta import caching, sampling
+from jaxrepro.methods.vorta import caching, router, sampling
 from jaxrepro.models import video_dit
 from jaxrepro.ops import flow
 
@@ -55,21 +55,29 @@ def test_a_cache_of_hunyuan_has_forty_gigabytes():
 
 @functools.cache
 def one_step(cfg):
-    """(velocity, cache) of one row, jitted."""
+    """(velocity, cache) of rows of one route (layers, heads), jitted: every head by all branches, of which one counts."""
 
     @jax.jit
-    def run(params, x, t, c, computes, cache):
+    def run(params, x, t, c, computes, cache, route):
+        def attend(q, k, v, layer, aux):
+            o = [f(q, k, v, GRID, text=aux.length) for f in router.branches(cfg)]
+            which = jnp.take(route, layer, axis=0)[:, None]
+            return sum(jnp.where(which == j, one, 0) for j, one in enumerate(o))
+
         around = caching.broadcast(computes)
-        return video_dit.apply(params, cfg, x, t, c, around=around, state=cache)
+        more = dict(attend=attend, layout=GRID, around=around, state=cache)
+        return video_dit.apply(params, cfg, x, t, c, **more)
 
     return run
 
 
-@pytest.mark.parametrize("cfg", [HUNYUAN, WAN], ids=["hunyuan", "wan"])
+@pytest.mark.parametrize(
+    "cfg", [pytest.param(HUNYUAN, marks=pytest.mark.slow), WAN], ids=["hunyuan", "wan"]
+)
 def test_a_step_that_keeps_reads_nothing_of_the_attention_module(cfg):
     params, x, c, t = drawn(cfg), noise(1), condition(cfg, 1), jnp.array([500.0])
     cache = caching.empty(cfg, rows=1, tokens=tokens(cfg))
-    run = one_step(cfg)
+    run = functools.partial(one_step(cfg), route=jnp.zeros((cfg.layers, cfg.heads), int))
     v, kept = run(params, x, t, c, True, cache)
     plain = jax.jit(lambda p: video_dit.apply(p, cfg, x, t, c))(params)
     np.testing.assert_allclose(v, plain, atol=2e-5 * float(jnp.abs(plain).max()))
@@ -91,27 +99,32 @@ def test_a_step_that_keeps_reads_nothing_of_the_attention_module(cfg):
     assert jnp.abs(other - v).max() > 1e-3  # what lies outside the module is computed
 
 
-def test_sides_of_the_guidance_have_a_cache_each():
+def test_sides_of_the_guidance_have_a_cache_each_and_one_route():
+    """Routes, guidance and kept modules together, against each side alone and step by step."""
     params, x, given, none = drawn(WAN), noise(1), condition(WAN, 1), condition(WAN, 1, seed=7)
     plan = flow.unipc(steps=3, shift=1.0)
     computes = caching.schedule(plan.t)
     assert computes.tolist() == [True, False, True]
-    run = functools.partial(
-        sampling.sample, params, WAN, x, given, None, plan, empty=none, scale=5.0
-    )
-    found = run(computes=computes)
+    table = np.array([[[0, 2]], [[1, 1]], [[2, 1]]])
+    run = functools.partial(sampling.sample, params, WAN, x, given, plan=plan, grid=GRID, chunk=1)
+    run = functools.partial(run, empty=none, scale=5.0)
+    found = run(table, computes=computes)
     state, caches = flow.start(plan, x), [caching.empty(WAN, rows=1, tokens=tokens(WAN))] * 2
     for i, compute in enumerate(computes):
-        row = jax.tree.map(lambda a: jnp.asarray(a[i]), plan)  # noqa: B023
+        row, route = jax.tree.map(lambda a: jnp.asarray(a[i]), (plan, table))  # noqa: B023
         sides = [
-            one_step(WAN)(params, state.x, row.t[None], c, bool(compute), cache)
+            one_step(WAN)(params, state.x, row.t[None], c, bool(compute), cache, route)
             for c, cache in zip((given, none), caches)
         ]
         caches = [cache for _, cache in sides]
         state = flow.step(row, state, flow.guide(jnp.concatenate([v for v, _ in sides]), 5.0))
     np.testing.assert_allclose(found, state.x, atol=1e-5 * float(jnp.abs(state.x).max()))
-    every = run(computes=np.ones(3, bool))  # the same program, nothing kept
-    assert jnp.abs(found - every).max() > 1e-3
+    # the same program: nothing kept; another route in the step that keeps, and in the last
+    assert jnp.abs(run(table, computes=np.ones(3, bool)) - found).max() > 1e-3
+    for step, same in ((1, True), (2, False)):
+        other = table.copy()
+        other[step] = 0
+        assert (jnp.abs(run(other, computes=computes) - found).max() < 1e-6) == same
 
 
 @pytest.mark.parametrize(

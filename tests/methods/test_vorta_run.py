@@ -82,7 +82,10 @@ def test_errors_are_against_the_dense_video_at_costs_that_are_told(finished, cac
     assert results["test/random/flops"] == pytest.approx(results["test/routed/flops"])
     assert results["test/all_sliding/flops"] == 0.25
     assert results["test/all_sliding/error"] > 0
-    assert 0 <= results["test/dense/recognised"] <= 1
+    texts = latents.Latents(made / "latents" / "dense").arrays([0, 1])["text"]
+    for name, x in (("dense", dense), ("routed", routed)):
+        right = video.recognise(x) == texts.argmax(-1)
+        assert results[f"test/{name}/recognised"] == right.mean()
 
 
 def test_cached_and_few_steps_are_measured_beside_dense_and_routed(finished):
@@ -175,6 +178,32 @@ def test_the_sampler_the_shift_and_the_cache_change_what_they_should(cache):
     assert steps() == [True, True, True, False]
     assert steps(decode__pab=3) == [True, True, False, True]  # 900 lies beyond 800
     assert steps(decode__pab_times=(600.0, 950.0)) == [True, False, True, True]
+
+
+def test_a_way_of_sampling_is_its_rows_of_the_table_its_steps_and_its_guidance(cache, monkeypatch):
+    config = tiny.config(cache, decode__guidance=3.0)
+    s, seen = setting.prepare(config), []
+    steps = np.array([[[0, 1]], [[1, 1]], [[2, 0]], [[2, 1]]], np.int8)  # no two are equal
+    found = routes.Routes(steps, drawing.plan(config).t, "small")
+    take = lambda *given, **more: seen.append((*given[4:], more)) or given[2]
+    monkeypatch.setattr(drawing.sampling, "sample", take)
+    prompts = run.sources.test_prompts(config, s.cfg, s.grid, 1)
+    want = {  # table, times, steps that compute
+        "dense": (0 * steps, [1000, 900, 750, 500], None),
+        "routed": (steps, [1000, 900, 750, 500], None),
+        "dense_pab": (0 * steps, [1000, 900, 750, 500], [True, True, True, False]),
+        "routed_pab": (steps, [1000, 900, 750, 500], [True, True, True, False]),
+        "few/dense": (0 * steps[[0, 2]], [1000, 750], None),
+        "few/routed": (steps[[0, 2]], [1000, 750], None),
+    }
+    assert set(want) == set(drawing.ways(config))
+    for name, (table, times, computes) in want.items():
+        drawing.sample(s, None, prompts, drawing.way(config, name, found))
+        mine, plan, more = seen.pop()
+        np.testing.assert_array_equal(mine, table)
+        assert plan.t.tolist() == times and more["scale"] == 3 and more["empty"] is prompts.empty
+        assert computes == (None if more["computes"] is None else more["computes"].tolist())
+        assert more["grid"] == s.grid and more["branches"] is s.branches
 
 
 def test_guidance_leads_away_from_an_empty_text(finished, cache):
