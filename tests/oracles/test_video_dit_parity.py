@@ -3,6 +3,8 @@
 The models are tiny and random; every tensor is drawn wide enough that gates, norms and rotations show.
 """
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +123,19 @@ def test_a_written_checkpoint_gives_the_velocity_of_diffusers(name, tmp_path):
     theirs = ask(model, x)
     assert theirs.std() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize("name, preset", [("hunyuan", "hunyuan"), ("wan", "wan_14b")])
+def test_what_diffusers_builds_without_arguments_is_the_released_model(name, preset):
+    kind = NAMES[name][0]
+    fields = inspect.signature(getattr(diffusers, kind).__init__).parameters.values()
+    said = {p.name: p.default for p in fields if p.default is not inspect.Parameter.empty}
+    said = {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}
+    written = video_files.to_diffusers(video_dit.PRESETS[preset])
+    assert written.pop("_class_name") == kind
+    assert {key: said.pop(key) for key in written} == written
+    assert not any(said.values())  # what we do not know is off
+    assert video_files.from_diffusers({"_class_name": kind}) == video_dit.PRESETS[preset]
 
 
 @pytest.mark.parametrize("name", ["hunyuan", "wan"])

@@ -1,6 +1,8 @@
 """Routed attention: each head gets its branch, one program serves all routes, and errors are one line."""
 
+import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import video_oracle as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxrepro
 from jaxrepro.config import UserError
 from jaxrepro.ops import sliding
 from jaxrepro.ops.coreset import coreset
@@ -251,3 +254,21 @@ def test_too_few_rows_and_a_chunk_that_does_not_divide_are_refused(qkv):
         attention(*(x[:, :59] for x in qkv), GRID)
     with pytest.raises(UserError, match="chunk=4 does not divide 6 heads"):
         mix(*qkv, jnp.ones((2, HEADS, 3)), GRID, text=TEXT, chunk=4)
+
+
+def test_the_example_of_the_readme_runs():
+    readme = Path(jaxrepro.__file__).parent / "methods/vorta/README.md"
+    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    small = code.replace("frames=77, height=480, width=832", "frames=13, height=64, width=96")
+    assert small != code
+
+    def example():
+        found = {}
+        exec(small, found)
+        return {name: found[name] for name in "qo"} | {"slope": found["slope"]}
+
+    found = jax.jit(example)()  # one program instead of one for each operation
+    for x in found.values():
+        assert x.shape == (1, 4 * 4 * 6, 1, 64) and x.dtype == jnp.bfloat16
+        assert np.isfinite(np.asarray(x, np.float32)).all()
+    assert np.abs(np.asarray(found["slope"], np.float32)).max() > 1e-3

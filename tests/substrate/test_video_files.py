@@ -1,6 +1,5 @@
 """Checkpoints of the video transformers: written, read, and every tensor accounted for."""
 
-import json
 from dataclasses import replace
 
 import jax
@@ -118,16 +117,66 @@ def test_a_folder_with_content_is_not_overwritten(model, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_the_released_configs_are_the_presets():
-    for name in ("hunyuan", "wan_14b", "wan_1_3b"):
-        cfg = video_dit.PRESETS[name]
-        said = json.loads(json.dumps(video_files.to_diffusers(cfg)))
-        assert video_files.from_diffusers(said) == cfg
-    # what a config.json leaves out is the default of diffusers, which is the released model
-    only = {"_class_name": "WanTransformer3DModel", "_diffusers_version": "0.33.0"}
-    assert video_files.from_diffusers(only) == video_dit.PRESETS["wan_14b"]
-    only["_class_name"] = "HunyuanVideoTransformer3DModel"
-    assert video_files.from_diffusers(only) == video_dit.PRESETS["hunyuan"]
+# The fields of the released transformers. Wan 2.1: get_transformer_config of diffusers'
+# scripts/convert_wan_to_diffusers.py, with which those folders were made. HunyuanVideo: arXiv:2412.03603, and
+# HYVideo-T/2-cfgdistill in hyvideo/modules/models.py of its own repository, by the names of diffusers.
+WAN_14B = {
+    "_class_name": "WanTransformer3DModel",
+    "added_kv_proj_dim": None,
+    "attention_head_dim": 128,
+    "cross_attn_norm": True,
+    "eps": 1e-06,
+    "ffn_dim": 13824,
+    "freq_dim": 256,
+    "image_dim": None,
+    "in_channels": 16,
+    "num_attention_heads": 40,
+    "num_layers": 40,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+    "text_dim": 4096,
+}
+HUNYUAN = {
+    "_class_name": "HunyuanVideoTransformer3DModel",
+    "attention_head_dim": 128,
+    "guidance_embeds": True,
+    "in_channels": 16,
+    "mlp_ratio": 4.0,
+    "num_attention_heads": 24,
+    "num_layers": 20,
+    "num_refiner_layers": 2,
+    "num_single_layers": 40,
+    "out_channels": 16,
+    "patch_size": 2,
+    "patch_size_t": 1,
+    "pooled_projection_dim": 768,
+    "qk_norm": "rms_norm",
+    "rope_axes_dim": [16, 56, 56],
+    "rope_theta": 256.0,
+    "text_embed_dim": 4096,
+}
+RELEASED = {  # and their numbers of parameters
+    "wan_14b": (WAN_14B, 14_288_491_584),
+    "wan_1_3b": (
+        WAN_14B | {"ffn_dim": 8960, "num_attention_heads": 12, "num_layers": 30},
+        1_418_996_800,
+    ),
+    "hunyuan": (HUNYUAN, 12_821_012_544),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_configs_are_the_presets(name):
+    said, parameters = RELEASED[name]
+    cfg = video_files.from_diffusers(said)
+    assert cfg == video_dit.PRESETS[name] and video_dit.count(cfg) == parameters
+    written = video_files.to_diffusers(cfg)
+    assert {key: written[key] for key in said} == said
+    numbers = [key for key, value in said.items() if type(value) in (int, float)]
+    for key in set(numbers) - {"attention_head_dim"}:  # whose parts RoPE's are
+        assert video_files.from_diffusers(said | {key: 2 * said[key]}) != cfg, key
 
 
 @pytest.mark.parametrize(
