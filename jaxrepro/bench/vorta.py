@@ -9,11 +9,16 @@ code at sizes of a CPU, where it says nothing about speed. Results are kept as s
                 window of all tiles is dense attention. Nothing wrong is timed
     a layer     dense attention, sliding by window groups, coreset attention; all heads, and one, four, eight
     its parts   of coreset attention: match, pool, attend, unpool, and dense attention of that length
-    a step      dense, routed with all heads full, and half coreset, half sliding, and with PAB
+    a step      dense, routed with all heads full, and half coreset, half sliding; its profile; with PAB
     a video     its steps as a projection from one: dense, routed, with the steps that PAB reuses, few steps
     programs    how many jit has compiled for steps of changing routes
     kernel      sliding by the Pallas kernel, alone and in the step. Last, since it may bring the process down
-    goals       on a GPU: what this should reach, and whether it does (_video_goals)
+    goals       what this should reach on an H200, and whether it does (_video_goals); without a GPU none is measured
+
+The profile is a step that leaves attention modules out: what it lacks is their share of a step. Were a kept output
+free, PAB would save that share in each step that reuses, so the prediction is
+
+    1 / (1 - share of attention modules in a routed step x share of the steps that reuse)     times as fast
 
     effective FLOP/s = 4 pairs heads head_dim / seconds,   pairs = query and key tokens that the definition joins
 
@@ -27,11 +32,12 @@ from functools import partial
 from typing import Any
 
 from jaxrepro.bench import harness
-from jaxrepro.bench._video_goals import device_state, goals
+from jaxrepro.bench._video_goals import device_state, goals, unmeasured
 from jaxrepro.bench._video_numerics import (
     CHUNK,
     DENSE,
     KERNEL,
+    LIMITS,
     SAME_LENGTH,
     WARMUP,
     difference,
@@ -39,33 +45,39 @@ from jaxrepro.bench._video_numerics import (
     grid_of,
     pairs,
     right,
+    told,
 )
 from jaxrepro.bench._video_step import step_tables
+from jaxrepro.methods.vorta.presets import PRESETS
 
 ROUNDS = 10
 
 SMALL = {"size": [4, 6, 4], "tile": [2, 3, 2], "window": [1, 3, 1], "heads": 2}
-HUNYUAN = {
-    "size": [30, 45, 80],
-    "tile": [6, 9, 8],
-    "window": [3, 3, 3],
-    "heads": 24,
-    "text": 256,
-    "valid": 256,
-    "shared": False,
-}
+
+
+def released(model: str, *, heads: int, **other: Any) -> dict[str, Any]:
+    """Self-attention of a released model at the size of its videos; other: what is not as presets.py has it."""
+    video, text = (
+        PRESETS[model],
+        PRESETS[model].text if model == "hunyuan" else 0,
+    )  # Wan's sees no text
+    layer = {"size": list(video.size), "tile": list(video.tile), "window": [3, 3, 3]}
+    return layer | {"heads": heads, "text": text, "valid": text, "shared": not text} | other
+
+
+HUNYUAN = released("hunyuan", heads=24)
 SHAPES = {
     "small": {
         "dtype": "float32",
         "head_dim": 16,
         "layers": {
-            "joint": SMALL | {"text": 8, "valid": 5, "shared": False},
-            "alone": SMALL | {"text": 0, "valid": 0, "shared": True},
+            "trial with text": SMALL | {"text": 8, "valid": 5, "shared": False},
+            "trial without text": SMALL | {"text": 0, "valid": 0, "shared": True},
         },
         "heads": [1, "all"],
         "valid": [2, 0],
         "kernels": [],
-        "step": {"preset": "hunyuan_tiny", "latents": [4, 4, 12, 8], "of": "joint", "routes": 50},
+        "step": {"preset": "hunyuan_tiny", "of": "trial with text", "routes": 50},
     },
     "video": {
         "dtype": "bfloat16",
@@ -73,33 +85,10 @@ SHAPES = {
         "layers": {
             "HunyuanVideo": HUNYUAN,
             "HunyuanVideo, window 5": HUNYUAN | {"window": [5, 5, 5]},
-            "Wan 14B": {
-                "size": [20, 45, 80],
-                "tile": [5, 9, 8],
-                "window": [3, 3, 3],
-                "heads": 40,
-                "text": 0,
-                "valid": 0,
-                "shared": True,
-            },
-            "Wan 14B, 81 frames": {
-                "size": [21, 45, 80],
-                "tile": [7, 9, 8],
-                "window": [3, 3, 3],
-                "heads": 40,
-                "text": 0,
-                "valid": 0,
-                "shared": True,
-            },
-            "Wan 1.3B": {
-                "size": [20, 30, 52],
-                "tile": [5, 6, 4],
-                "window": [3, 3, 3],
-                "heads": 12,
-                "text": 0,
-                "valid": 0,
-                "shared": True,
-            },
+            "Wan 14B": released("wan_14b", heads=40),
+            # the 81 frames of the released model: 75,600 tokens
+            "Wan 14B, 81 frames": released("wan_14b", heads=40, size=[21, 45, 80], tile=[7, 9, 8]),
+            "Wan 1.3B": released("wan_1_3b", heads=12),
         },
         "heads": [1, 4, 8, "all"],
         "valid": [200, 0],
@@ -113,15 +102,11 @@ SHAPES = {
         "heads": [],
         "valid": [],
         "kernels": [None],
-        "step": {
-            "preset": "hunyuan",
-            "latents": [16, 30, 90, 160],
-            "of": "HunyuanVideo",
-            "routes": 50,
-        },
+        "step": {"preset": "hunyuan", "of": "HunyuanVideo", "routes": 50},
     },
 }
 GPU_SHAPE = "video"
+RATES = "effective TFLOP/s: 4 x pairs of query and key that the definition joins x heads x head size / seconds"
 
 
 def inputs(shape: Mapping[str, Any], layer: Mapping[str, Any], heads: int) -> tuple[Any, ...]:
@@ -168,13 +153,15 @@ def numerics(shape: Mapping[str, Any], name: str, notes: list[str]) -> set[str]:
         one = layer | {"valid": valid}
         data = inputs(shape, one, heads)
         for kind, f in branches(one).items():
-            what = f"{name}, {kind}, {valid} of {layer['text']} text tokens valid"
+            what = f"{name}, {kind}{told(one)}"
             if not right(what, errors(one, kind, data, waits(f, *data)()), notes):
                 found.discard(kind)
     whole = layer | {"window": [n | 1 for n in grid_of(layer).tiles]}  # odd, and all tiles
     data = inputs(shape, whole, 1)
     dense, sliding = (waits(branches(whole)[kind], *data)() for kind in (DENSE, "sliding"))
-    if not right(f"{name}, a window of all tiles is dense", difference(sliding, dense), notes):
+    if not right(
+        f"{name}, sliding by a window of all tiles against dense", difference(sliding, dense), notes
+    ):
         found.discard("sliding")
     return found
 
@@ -272,11 +259,12 @@ def layer_tables(
     for heads in shape["heads"]:
         heads = layer["heads"] if heads == "all" else heads
         data = inputs(shape, layer, heads)
-        what = f"{name}: attention, {data[0].shape[1]} rows, {heads} heads"
+        many = f"{heads} head{'s' * (heads > 1)}"
+        what = f"{name}: attention, {data[0].shape[1]} rows, {many}"
         found += timed(what, cases, data, work, rounds)
     if found:
         split = harness.interleave(parts(layer, data), rounds, warmup=WARMUP)
-        what = f"{name}: parts of coreset attention, {heads} heads"
+        what = f"{name}: parts of coreset attention, {many}"
         found.append(harness.group(what, "s", split, peers=[SAME_LENGTH]))
     return found
 
@@ -297,7 +285,7 @@ def kernel_tables(
         for valid in dict.fromkeys([layer["valid"], *(shape["valid"] if layer["text"] else [])]):
             one = layer | {"valid": valid}
             some = inputs(shape, one, min(2, layer["heads"]))
-            what = f"{name}, {case}, {valid} of {layer['text']} text tokens valid"
+            what = f"{name}, {case}{told(one)}"
             good &= right(what, errors(one, "sliding", some, waits(f, *some)()), notes)
         if good:
             cases[case], work[case] = f, work["sliding"]
@@ -329,7 +317,8 @@ def bench(
             notes.extend(device_state("a step"))
 
     if jax.default_backend() == "cpu":
-        notes.append("sizes of a CPU: nothing is claimed about speed, only that everything runs")
+        notes.append("trials on a CPU: nothing is claimed about speed, only that everything runs")
+    notes += [RATES, LIMITS]
     ok = {name: numerics(shape, name, notes) for name in shape["layers"]}
     keep()
     for name in shape["layers"]:
@@ -349,4 +338,7 @@ def bench(
                     step("mosaic")
     if on_gpu:
         notes.extend(goals(groups, memory))
+    else:
+        of = SHAPES["video"]["layers"], [SHAPES["step"]["step"]["of"]]
+        notes.extend(unmeasured(*of))
     return report
