@@ -127,6 +127,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
     decode.taus = (0.6, 0.8, 0.95)  # of the curve
     decode.controls = ("coreset", "sliding", "random", "average", "searched", "static")
     decode.table = config_dict.placeholder(str)  # routes.json in the place of the routers' table
+    # pallas: the kernel of Hopper GPUs or TPUs for sliding attention, experimental; else window groups, anywhere
+    decode.kernel = config_dict.placeholder(str)
     decode.pab = 2  # attention in every 2nd step alone, between the times below; 0 = not measured
     decode.pab_times = (100.0, 800.0)
     decode.few = 5  # steps of the same grid, as distilled models take them; 0 = not measured

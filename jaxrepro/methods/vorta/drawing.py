@@ -4,12 +4,15 @@
     dense_pab, routed_pab     attention computed in some steps alone (caching.py)
     few/dense, few/routed     decode.few steps of the grid of times, for distilled models
 
+Sliding attention is by window groups, or by the Pallas kernel of decode.kernel; the control `windows` keeps groups.
 Where the mesh has a `sequence` axis heads lie on its devices in the order that spreads the table's work best.
 """
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -20,11 +23,12 @@ from jaxrepro.methods.vorta.routes import Routes
 from jaxrepro.methods.vorta.setting import Setting
 from jaxrepro.methods.vorta.sources import Prompts
 from jaxrepro.models.video_dit import Config
-from jaxrepro.ops import flow
+from jaxrepro.ops import flow, sliding
 
 SAMPLERS = {"euler": flow.euler, "unipc": flow.unipc}
 WAYS = ("dense", "routed", "dense_pab", "routed_pab", "few/dense", "few/routed")
 WINDOWS = "windows"  # sliding attention with a larger window, in the place of coreset attention
+KERNELS = (None, "pallas")
 
 
 class Way(NamedTuple):
@@ -42,6 +46,10 @@ def check(config: Any) -> None:
     if decode.sampler not in SAMPLERS:
         raise UserError(f"decode.sampler={decode.sampler!r} is not one of {', '.join(SAMPLERS)}")
     plan(config)
+    if decode.kernel not in KERNELS:
+        raise UserError(
+            f"decode.kernel={decode.kernel!r:.60} is not pallas; leave it out for window groups"
+        )
     if not 0 <= decode.few <= decode.steps:
         raise UserError(
             f"decode.few={decode.few} steps of a grid of {decode.steps}; use 1 to {decode.steps}, 0 = off"
@@ -111,13 +119,40 @@ def way(config: Any, name: str, found: Routes) -> Way:
 # Work ---------------------------------------------------------------------------------------------
 
 
+def kernel(s: Setting) -> str:
+    """The kernel of sliding attention, a name of `ops.sliding.KERNELS`.
+
+    UserError where decode.kernel cannot run: on this device, with this jax, or for this model and grid.
+    """
+    if not s.config.decode.kernel:
+        return "auto"
+    name = "tpu" if jax.default_backend() == "tpu" else "mosaic"
+    try:
+        _try(name, s.cfg, s.grid)
+    except UserError as error:
+        reason = str(error).partition("; take ")[0]
+        raise UserError(
+            f"decode.kernel={s.config.decode.kernel}: {reason}; leave decode.kernel out for window groups"
+        ) from error
+    return name
+
+
+@lru_cache(maxsize=8)
+def _try(name, cfg, grid):
+    """Trace a kernel for one head of a model, without running it; UserError where it refuses."""
+    f = sliding.by_kernel(name)
+    one = jax.ShapeDtypeStruct((1, grid.length, 1, cfg.head_dim), cfg.dtype)
+    jax.eval_shape(lambda q, k, v: f(q, k, v, grid), one, one, one)
+
+
 def branches(s: Setting, coarse: str | None = None) -> tuple[Any, ...]:
     """The functions of a way's branches; equal arguments give the same objects."""
-    if coarse is None:
-        return s.branches
     if coarse == WINDOWS:
         return search.windows(s.grid)
-    return router.branches(s.cfg, coarse=coarse, shared=s.config.router.shared)
+    section = s.config.router
+    return router.branches(
+        s.cfg, coarse=coarse or section.coarse, shared=section.shared, kernel=kernel(s)
+    )
 
 
 def flops(s: Setting, coarse: str | None = None) -> tuple[float, float, float]:

@@ -80,6 +80,7 @@ def opened(config: Any) -> Setting:
     sources.ready(config, s.cfg, s.grid)
     if config.decode.vae:
         samples.installed(config)
+    drawing.kernel(s)
     drawing.given(config, s.cfg)
     if config.router.path:
         router_files.load(config.router.path, s.cfg)
@@ -232,6 +233,7 @@ def train(run: Run, s: Setting, params: Any) -> Any:
 def trained(config: Any, workdir: Any) -> tuple[Setting, Any, Any]:
     """The setting, the model and the last routers of a run."""
     s = setting.prepare(config)
+    drawing.kernel(s)
     folder = locate.model(config.model.path) if config.model.path else setting.kept_at(s)
     if not folder.is_dir():
         raise UserError(f"there is no pre-trained model at {folder}: run jaxrepro.launch first")
