@@ -4,6 +4,8 @@
                           "items": [{"id", "file", "length"}, ...]}
     <file>.safetensors   <id>.latents (c, f, h, w), <id>.text (t, d), and for HunyuanVideo <id>.pooled (768,)
 
+To sample for, prompts are enough: a folder none of whose items has latents.
+
 `length` counts the valid rows of text, which come first; what follows them is read as zeros. `packed` is the
 convention of HunyuanVideo's public sets of latents: row 0 of the text holds the pooled CLIP vector in its first
 768 numbers, the LLaMA states are rows 1 on, and `length` counts these alone (that no row 0 is counted is inferred,
@@ -76,7 +78,8 @@ class Latents:
 
     frames: latent frames of each item, its last ones (None: all, which must then be equally many).
     slots: text tokens of each item, filled up with zeros (None: what the model takes, of `other` the longest text).
-    shape (c, f, h, w), width of the texts, pooled: numbers of the pooled text, 0 where not every item has one.
+    shape: (c, f, h, w) of each item; None where the folder holds prompts alone. width: of the texts. pooled: numbers of
+    the pooled text, 0 where not every item has one.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class Latents:
         return [item["id"] for item in self._items]
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """id, latents (c, f, h, w), text (slots, d), length, and pooled (768,) where there is one; float32."""
+        """id, text (slots, d), length; latents (c, f, h, w) and pooled (768,) where the folder has them. float32."""
         item = self._items[i]
         text = self._read(item, "text")
         length, pooled = item["length"], None
@@ -118,14 +121,14 @@ class Latents:
             pooled = self._read(item, "pooled")
         states = np.zeros((self.slots, text.shape[1]), np.float32)
         states[:length] = text[:length]
-        latents = self._read(item, "latents")[:, -self.shape[1] :]
-        if not self.normalised:
-            latents = normalise(latents, self.model)
-        found = {"id": item["id"], "latents": latents, "text": states, "length": length}
+        found = {"id": item["id"], "text": states, "length": length}
+        if self.shape is not None:
+            x = self._read(item, "latents")[:, -self.shape[1] :]
+            found["latents"] = x if self.normalised else normalise(x, self.model)
         return found if pooled is None else found | {"pooled": pooled}
 
     def arrays(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """Items as a batch: latents (b, c, f, h, w), text (b, slots, d), length (b,) int32, pooled (b, 768)."""
+        """Items as a batch: text (b, slots, d), length (b,) int32, and latents (b, c, f, h, w), pooled (b, 768)."""
         items = [self[i] for i in rows]
         batch = {name: np.stack([x[name] for x in items]) for name in items[0] if name != "id"}
         return batch | {"length": batch["length"].astype(np.int32)}
@@ -140,12 +143,13 @@ class Latents:
                 if name in stored:
                     raise UserError(f"{self.folder}: the tensor {shown(name)} is stored twice")
                 stored[name] = place
+        self._prompts = not any(f"{item['id']}.latents" in stored for item in self._items)
         for item in self._items:
             self._check(item, stored)
         return stored
 
     def _check(self, item, stored):
-        wanted = {"latents": 4, "text": 2}
+        wanted = {"text": 2} if self._prompts else {"latents": 4, "text": 2}
         needed = self.model == "hunyuan" and not self.packed
         if needed or f"{item['id']}.pooled" in stored:
             wanted["pooled"] = 1
@@ -170,7 +174,9 @@ class Latents:
             raise self._wrong(item, f"pooled must be of shape ({POOLED},)")
 
     def _shape(self, frames):
-        """(c, f, h, w) of every item."""
+        """(c, f, h, w) of every item; None without latents."""
+        if self._prompts:
+            return None
         shapes = {i["id"]: self._stored[f"{i['id']}.latents"].shape for i in self._items}
         first = shapes[self._items[0]["id"]]
         f = first[1] if frames is None else frames
@@ -292,9 +298,10 @@ def write(
 ) -> int:
     """Write a new folder that `Latents` reads, a shard at a time; the number of items.
 
-    An example has id, latents (c, f, h, w), text (t, d), and pooled (768,) for HunyuanVideo unless its text is
-    packed; numpy arrays of floats, kept as they are. Of `length` or `mask` (t,) it has one: how much text is valid
-    (neither: all). The models read a prefix, so a mask with a hole is refused. Where it fails nothing is left.
+    An example has id, text (t, d), latents (c, f, h, w) unless all are prompts alone, and pooled (768,) for
+    HunyuanVideo unless its text is packed; numpy arrays of floats, kept as they are. Of `length` or `mask` (t,) it has
+    one: how much text is valid (neither: all). The models read a prefix, so a mask with a hole is refused. Where it
+    fails nothing is left.
     """
     if model not in MODELS:
         raise UserError(f"model {model!r:.60} is unknown: one of {', '.join(MODELS)}")
@@ -305,9 +312,10 @@ def write(
             tensors.write(temporary / items[-1]["file"], shard)
             shard.clear()
 
-        files = 0
+        files, prompts = 0, False
         for n, example in enumerate(examples):
-            entries = _entries(example, n, model, packed)
+            prompts = "latents" not in example if n == 0 else prompts
+            entries = _entries(example, n, model, packed, prompts)
             if shard and sum(e.nbytes for e in shard + entries) > max_shard_bytes:
                 close()
                 files += 1
@@ -326,9 +334,12 @@ def write(
     return len(items)
 
 
-def _entries(example, n, model, packed):
+def _entries(example, n, model, packed, prompts):
     """The tensors of one example."""
-    fields = ("latents", "text") + (("pooled",) if model == "hunyuan" and not packed else ())
+    if prompts and "latents" in example:
+        raise UserError(f"example {n} has latents, the first has none; give them to all or to none")
+    fields = ("text",) if prompts else ("latents", "text")
+    fields += ("pooled",) if model == "hunyuan" and not packed else ()
     missing = [name for name in ("id", *fields) if name not in example]
     if missing:
         raise UserError(f"example {n} has no {missing[0]}; it needs id, {', '.join(fields)}")

@@ -209,3 +209,24 @@ def test_a_number_that_is_not_finite_names_its_item(tmp_path):
     found = Latents(tmp_path / "x")
     assert found[0]["id"] == "clip 0"
     one_line(lambda: found[1], "latents-00000.safetensors", "clip 1", "not finite")
+
+
+def test_a_folder_may_hold_prompts_alone(tmp_path):
+    data = examples(3)
+    prompts = [{k: x for k, x in e.items() if k != "latents"} for e in data]
+    latents.write(tmp_path / "x", prompts, model="hunyuan", normalised=True)
+    found = Latents(tmp_path / "x", frames=7, slots=6)
+    assert found.shape is None and found.ids == ["clip 0", "clip 1", "clip 2"]
+    assert found[2].keys() == {"id", "text", "length", "pooled"}
+    np.testing.assert_array_equal(found[2]["text"][:2], data[2]["text"][:2])
+    batch = latents.dataset(found, batch=2)[0].arrays
+    assert {n: x.shape for n, x in batch.items()} == {
+        "text": (2, 6, 770),
+        "length": (2,),
+        "pooled": (2, 768),
+    }
+    mixed = lambda: latents.write(
+        tmp_path / "y", [prompts[0], data[1]], model="wan", normalised=True
+    )
+    one_line(mixed, "example 1 has latents, the first has none")
+    assert not (tmp_path / "y").exists()

@@ -74,7 +74,7 @@ def ready(config: Any, cfg: Config, grid: VideoGrid) -> None:
 
 
 def folder(config: Any, cfg: Config, grid: VideoGrid, split: str) -> latents.Latents:
-    """The latents of data.path, or of data.test; UserError where they are another model's or of another shape.
+    """Latents of data.path, or of data.test, which may hold prompts alone; UserError where the model wants others.
 
     A model reads the padding of its text too, so training and tests have as many text slots: those of the released
     model, elsewhere the longest text of both folders.
@@ -90,7 +90,9 @@ def folder(config: Any, cfg: Config, grid: VideoGrid, split: str) -> latents.Lat
             f"{path}: encoded for {source.model}, this model reads latents and texts of {family(cfg)}: encode them for "
             'it; "model" of index.json says what they are'
         )
-    if source.shape != size:
+    if source.shape is None and split == "train":
+        raise UserError(f"{path} holds prompts alone: data.path needs latents to train on")
+    if source.shape not in (None, size):
         raise UserError(
             f"{path}: latents of {source.shape}, the model and grid want {size}; set grid.size"
         )
