@@ -101,6 +101,14 @@ def windows(
     return found
 
 
+def read(path: str | os.PathLike[str]) -> Pixels:
+    """All frames of a video file at its own size. UserError for a file that is no video, and a missing package."""
+    found = [frame.to_ndarray(format="rgb24") for frame in _decoded(Path(path))]
+    if not found:
+        raise UserError(f"{path} has no frames")
+    return np.stack(found)
+
+
 def pyav() -> Any:
     """The package av; UserError says how to install it."""
     try:
