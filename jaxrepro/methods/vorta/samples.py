@@ -1,14 +1,17 @@
 """Videos of finished or given routers as files, `run.sample`: prompts to latents, GIF or mp4, nothing half-written.
 
-    WORKDIR/videos/N/routes.json            the table
-                     latents/WAY/           a folder that data/latents.py reads, texts included
-                     0-NAME-WAY.gif         or .mp4; none for a folder of latents without decode.vae
+    WORKDIR/videos/N/WAY/PROMPT-I.mp4     a film, or .gif; none for a folder of latents without decode.vae
+                     latents/WAY/         a folder that data/latents.py reads, texts included
+                     routes.json          the table
 
-N is the next free number, WAY a name of decode.videos ("few/routed" is few-routed).
+N is the next free number, WAY a name of decode.videos ("few/routed" is few-routed), I counts the videos of a prompt,
+from 0. PROMPT is its words, or the name of its clip or item, which may be its words: so VBench finds the prompt of a
+video, and two folders of films are compared by name (data/compare_videos.py).
 """
 
 import importlib.util
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from jaxrepro.models.hf import new_folder
 
 FORMATS = {"gif": video_output.FASTEST_GIF, "mp4": 240}  # most frames a second
 LONGEST = 60  # letters of a name
+LONGEST_FILE = 200  # bytes: file systems take 255, with the index, the suffix and what a file is called while written
 
 
 def check(config: Any) -> None:
@@ -92,6 +96,7 @@ def save(
     table: Routes | None = None,
 ) -> list[str]:
     """Latents of each way below a new folder, films where there are pictures, and a table; their names."""
+    made = []
     with new_folder(folder) as temporary:
         if table is not None:
             routes.save(temporary / "routes.json", table)
@@ -104,20 +109,30 @@ def save(
                 normalised=True,
             )
             if (seen := pictures.get(name)) is not None:
-                films(temporary, s.config.decode, prompts.names, way, seen)
-        made = sorted(p.name for p in temporary.iterdir() if p.suffix[1:] in FORMATS)
+                made += films(temporary / way, s.config.decode, prompts.names, seen)
     return [*made, "latents", *(["routes.json"] if table is not None else [])]
 
 
-def films(folder: Path, decode: Any, names: list[str], way: str, pictures: np.ndarray) -> None:
-    """A GIF or mp4 of each video, small ones enlarged to about 96 rows."""
-    for i, (name, film) in enumerate(zip(names, pictures)):
-        large = video_output.enlarge(film, max(96 // film.shape[1], 1))
-        path = folder / f"{i}-{plain(name)}-{way}.{decode.format}"
-        if decode.format == "mp4":
-            video_output.write_mp4(path, large, fps=decode.fps)
-        else:
-            video_output.write_gif(path, large, fps=decode.fps)
+def films(folder: Path, decode: Any, names: list[str], pictures: np.ndarray) -> list[str]:
+    """A film of each video in a new folder, small ones enlarged to about 96 rows; their names below its parent."""
+    folder.mkdir()
+    made, write = [], dict(gif=video_output.write_gif, mp4=video_output.write_mp4)[decode.format]
+    for name, film in zip(film_names(names), pictures):
+        path = folder / f"{name}.{decode.format}"
+        write(path, video_output.enlarge(film, max(96 // film.shape[1], 1)), fps=decode.fps)
+        made.append(f"{folder.name}/{path.name}")
+    return made
+
+
+def film_names(prompts: list[str]) -> list[str]:
+    """`PROMPT-I` of each video. What the name of a file cannot hold is replaced (slashes) or cut (LONGEST_FILE)."""
+    seen, found = Counter(), []
+    for prompt in prompts:
+        name = re.sub(r"[\x00-\x1f\x7f/\\]+", "-", prompt).strip().lstrip(".-")
+        name = name.encode(errors="ignore")[:LONGEST_FILE].decode(errors="ignore") or "video"
+        found.append(f"{name}-{seen[name]}")
+        seen[name] += 1
+    return found
 
 
 def examples(prompts: sources.Prompts, x: np.ndarray) -> list[dict[str, Any]]:
@@ -140,5 +155,5 @@ def next_folder(parent: Path) -> Path:
 
 
 def plain(name: str) -> str:
-    """A name as part of a file's name."""
+    """A name as a few letters, digits and dashes."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:LONGEST] or "video"
