@@ -124,8 +124,8 @@ def decode(
 ) -> UInt8[np.ndarray, "b frames rows columns rgb"]:
     """Pictures of the latents of a diffusion model (`hunyuan` or `wan`) through its VAE.
 
-    folder: that of the VAE, of the pipeline above it, or the pipeline's name on the hub; safetensors only. f latent frames
-    give 4 (f - 1) + 1 pictures of 8 h x 8 w pixels. tiled: in overlapping pieces, for less memory.
+    folder: that of the VAE, of the pipeline above it, or the pipeline's name on the hub; safetensors only. f latent
+    frames give 4 (f - 1) + 1 pictures of 8 h x 8 w pixels. tiled: in overlapping pieces, for less memory.
     """
     if model not in VAES:
         raise UserError(f"model {model!r:.60} has no VAE here: one of {', '.join(VAES)}")
