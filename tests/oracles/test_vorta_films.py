@@ -114,8 +114,8 @@ def test_films_by_the_command_are_those_of_the_pipeline(model, tmp_path, capsys)
         getattr(pipe, name).save_pretrained(tmp_path / "model" / name)
     rng = np.random.default_rng(1)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    prompts = [{"id": name, "text": draw(6, WIDTH), "length": 4} for name in ("a dog, running", "")]
-    prompts[1]["id"] = "empty"
+    names = "a dog, running", "empty"
+    prompts = [{"id": name, "text": draw(6, WIDTH), "length": 4} for name in names]
     for item in prompts if model == "hunyuan" else ():
         item["pooled"] = draw(latents.POOLED)
     latents.write(tmp_path / "prompts", prompts, model=model, normalised=True)
