@@ -317,7 +317,10 @@ def bench(
             notes.extend(device_state("a step"))
 
     if jax.default_backend() == "cpu":
-        notes.append("trials on a CPU: nothing is claimed about speed, only that everything runs")
+        notes.append(
+            "trials on a CPU, so small that routing costs more than it saves: nothing is claimed about speed, only that "
+            "everything runs"
+        )
     notes += [RATES, LIMITS]
     ok = {name: numerics(shape, name, notes) for name in shape["layers"]}
     keep()
