@@ -203,7 +203,7 @@ def test_a_way_of_sampling_is_its_rows_of_the_table_its_steps_and_its_guidance(c
         np.testing.assert_array_equal(mine, table)
         assert plan.t.tolist() == times and more["scale"] == 3 and more["empty"] is prompts.empty
         assert computes == (None if more["computes"] is None else more["computes"].tolist())
-        assert more["grid"] == s.grid and more["branches"] is s.branches
+        assert more["grid"] == s.grid and more["branches"] is drawing.branches(s)
 
 
 def test_guidance_leads_away_from_an_empty_text(finished, cache):

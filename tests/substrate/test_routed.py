@@ -258,7 +258,7 @@ def test_too_few_rows_and_a_chunk_that_does_not_divide_are_refused(qkv):
 
 def test_the_example_of_the_readme_runs():
     readme = Path(jaxrepro.__file__).parent / "methods/vorta/README.md"
-    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
     small = code.replace("frames=77, height=480, width=832", "frames=13, height=64, width=96")
     assert small != code
 
