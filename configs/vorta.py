@@ -165,7 +165,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
         raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
     config.model.shape = PAPER[size.removeprefix("paper_")]
     video = PRESETS[config.model.shape]
-    # heads of a video over the devices (Ulysses), as the paper does
+    # heads of a video over the devices (Ulysses), as the official scripts do
     config.mesh = (1, 1, video.devices, 1)
     config.grid.update(dict(size=video.size, tile=video.tile, bucket=(2, 3, 2)))
     # accumulation over 4 videos, as the official scripts do
