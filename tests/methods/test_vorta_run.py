@@ -206,6 +206,7 @@ def test_a_way_of_sampling_is_its_rows_of_the_table_its_steps_and_its_guidance(c
         assert more["grid"] == s.grid and more["branches"] is drawing.branches(s)
 
 
+@pytest.mark.slow
 def test_guidance_leads_away_from_an_empty_text(finished, cache):
     folder, _ = finished
     config = tiny.config(cache, decode__guidance=3.0, decode__steps=1, decode__few=0)
@@ -301,15 +302,15 @@ def test_searched_tables_cost_the_same_and_coreset_is_coreset(finished, cache, t
     found = run.run(tiny.config(cache, **change), tmp_path / "w")
     other = run.run(tiny.config(cache, **change, router__coarse="average_frames"), tmp_path / "a")
     for results in (found, other):
-        for name in ("searched", "coreset"):
-            key = f"test/{name}/flops"
-            assert key not in results or results[key] == pytest.approx(
+        assert results["test/all_coreset/flops"] == 0.25
+        for name in {*names} - {"all_coreset"}:
+            assert results[f"test/{name}/flops"] == pytest.approx(
                 results["test/routed/flops"], rel=0.02
             )
-        assert results["test/all_coreset/flops"] == 0.25
-    assert other["test/all_coreset/error"] == pytest.approx(
-        found["test/all_coreset/error"], rel=1e-4
-    )
+    for name in {*names} - {"searched"}:  # whatever the routers were trained with
+        key = f"test/{name}/error"
+        assert other[key] == pytest.approx(found[key], rel=1e-4) and found[key] > 0
+    assert other["test/searched/error"] != pytest.approx(found["test/searched/error"], rel=0.01)
 
 
 @pytest.mark.slow
@@ -325,12 +326,12 @@ def test_eight_devices_train_and_sample_as_one_does(cache, tmp_path, capsys):
     assert 1 <= load <= 2 and "heads over 2 devices: the fullest has" in capsys.readouterr().out
     assert results[0].keys() == results[1].keys()
     for name, value in results[0].items():
-        assert results[1][name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
+        assert results[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     one, eight = (
         router_files.load(tmp_path / name / "router.safetensors", tiny.SHAPE)
         for name in ("one", "eight")
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), one, eight)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, eight)
 
 
 REFUSED = {
