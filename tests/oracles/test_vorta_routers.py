@@ -2,11 +2,12 @@
 
 import os
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxrepro.methods.vorta import convert, router_files
+from jaxrepro.methods.vorta import convert, router, router_files
 from jaxrepro.models import video_dit
 
 torch = pytest.importorskip("torch")
@@ -35,12 +36,13 @@ def test_a_router_of_torch_gives_the_gates_of_torch(dtype, tmp_path, capsys):
     assert capsys.readouterr().out == f"{target}: {2 * CFG.layers} tensors\n"
     assert set(load_file(target)) == set(found)
     routers = router_files.load(target, CFG)
-    t = torch.randn(2, CFG.d)
+    e = torch.randn(2, CFG.d)
+    ours = router.gates(routers, jnp.asarray(e.numpy()))
     for i in range(CFG.layers):
         w = {k: found[f"blocks.{i}.router.linear.{k}"].float() for k in ("weight", "bias")}
-        theirs = torch.nn.functional.linear(t, **w).reshape(2, CFG.heads, 3)
-        ours = np.einsum("bd,dhn->bhn", t.numpy(), routers["kernel"][i]) + routers["bias"][i]
-        np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
+        logits = torch.nn.functional.linear(torch.nn.functional.silu(e), **w)
+        theirs = logits.reshape(2, CFG.heads, 3).softmax(-1)
+        np.testing.assert_allclose(ours[:, i], theirs.numpy(), atol=1e-6)
 
 
 class Hostile:
