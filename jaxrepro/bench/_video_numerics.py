@@ -10,6 +10,7 @@ import numpy as np
 # names of cases
 DENSE, KERNEL, SAME_LENGTH = "dense", "sliding, kernel", "dense of the same length"
 MIXED = "routed, coreset and sliding"
+ALL_FULL = "routed, all heads full"
 KEPT, REUSED = "routed, with PAB, computing", "routed, with PAB, reusing"
 OTHERS = "attention modules left out"  # all but what PAB saves
 WITH_PAB, PREDICTED = "routed, with PAB", "routed, with PAB as the profile predicts"  # of a video

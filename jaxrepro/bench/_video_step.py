@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxrepro.bench import harness
 from jaxrepro.bench._video_numerics import (
+    ALL_FULL,
     CHUNK,
     DENSE,
     KEPT,
@@ -135,7 +136,7 @@ def step_tables(
     full = jnp.zeros_like(routes[0])
     cases = {DENSE: lambda: wait(dense(params, latents)), MIXED: mixture}
     if kernel == "auto":
-        cases["routed, all heads full"] = lambda: wait(routed(params, latents, full))
+        cases[ALL_FULL] = lambda: wait(routed(params, latents, full))
         cases[OTHERS] = _without_attention(model)
         cases |= _with_pab(model, routes[0], program)
     timings = harness.interleave(cases, rounds, warmup=WARMUP)
@@ -148,6 +149,7 @@ def step_tables(
     while (done := next(calls)) < len(routes):  # what the timing has not called
         wait(routed(params, latents, routes[done]))
     counts = {name: run._cache_size() for name, run in programs.items()}
+    memory["programs"] = max(memory.get("programs", 0), *counts.values())
     notes.append(
         f"programs compiled for steps of {len(routes)} different routes{label}: "
         + ", ".join(f"{name} {n}" for name, n in counts.items())

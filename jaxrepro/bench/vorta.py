@@ -341,6 +341,10 @@ def bench(
                     step("mosaic")
     if on_gpu:
         notes.extend(goals(groups, memory))
+        if not shape["step"]:
+            notes.append(
+                "a step, PAB, memory and programs: python -m jaxrepro.bench vorta --shape=step"
+            )
     else:
         of = SHAPES["video"]["layers"], [SHAPES["step"]["step"]["of"]]
         notes.extend(unmeasured(*of))
