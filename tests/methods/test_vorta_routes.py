@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vorta_walks import drawn
 
 from jaxrepro.config import UserError
 from jaxrepro.methods.vorta import router, routes
@@ -56,15 +57,21 @@ def test_times_outside_0_to_1000_are_refused(t):
         routes.make({}, {}, WAN, np.array(t), model="wan_tiny")
 
 
+def drawn_routers():
+    """Routers whose choices change in time."""
+    rng = np.random.default_rng(1)
+    draw = lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32)
+    return jax.tree.map(draw, router.abstract(WAN))
+
+
 def test_a_table_follows_the_router_at_the_times_of_the_sampler():
-    params = video_dit.init(jax.random.key(0), WAN)
-    r = router.init(jax.random.key(1), WAN)
-    r = {"kernel": 40 * r["kernel"], "bias": r["bias"]}
+    params, r = drawn(WAN), drawn_routers()
     t = flow.euler(steps=6, shift=5.0).t
     made = routes.make(r, params, WAN, t, model="wan_tiny")
     g = router.gates(r, video_dit.time_embedding(params, WAN, jnp.asarray(t)))
     np.testing.assert_array_equal(made.table, np.asarray(g).argmax(-1))
     assert made.table.dtype == np.int8 and made.table.shape == (6, 2, 2)
+    assert (made.table != made.table[0]).any()
     routes.fits(made, WAN, t)
     still = routes.make(r, params, WAN, t, model="wan_tiny", static=True).table
     np.testing.assert_array_equal(still, np.broadcast_to(np.asarray(g).mean(0).argmax(-1), still.shape))  # fmt: skip

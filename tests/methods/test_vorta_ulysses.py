@@ -41,17 +41,13 @@ ORDER = jnp.array([3, 0, 6, 1, 7, 2, 5, 4])
 
 
 @pytest.mark.parametrize(
-    "kind, slots",
-    [("soft", SLOTS), ("hard", 0), ("hard", SLOTS), ("hard, a route a row", SLOTS)],
+    "kind, slots", [("one route", 0), ("one route", SLOTS), ("a route a row", SLOTS)]
 )
-def test_attention_on_eight_devices_is_that_of_one(kind, slots):
+def test_hard_attention_on_eight_devices_is_that_of_one(kind, slots):
     text = jnp.array([1, 3]) if slots else None
-    if kind == "soft":
-        f, choice = routed.mix, jax.nn.softmax(normal(4, 2, HEADS, 3))
-    else:
-        f = functools.partial(routed.routed, chunk=1)
-        choice = ROUTE if kind == "hard" else jnp.stack([ROUTE, ROUTE[::-1]])
-    shape = (1, 1, 8, 1) if kind == "hard" else (2, 1, 4, 1)
+    f = functools.partial(routed.routed, chunk=1)
+    choice = ROUTE if kind == "one route" else jnp.stack([ROUTE, ROUTE[::-1]])
+    shape = (1, 1, 8, 1) if kind == "one route" else (2, 1, 4, 1)
     want = jax.jit(lambda q, k, v: f(q, k, v, choice, FRAMES, text=text))(*inputs(slots))
     with jax.set_mesh(sharding.make_mesh(shape)):
         run = jax.jit(
@@ -59,7 +55,7 @@ def test_attention_on_eight_devices_is_that_of_one(kind, slots):
                 q, k, v, choice, FRAMES, text=text, order=order
             )
         )
-        if kind == "hard":
+        if kind == "one route":
             lowered = run.lower(*inputs(slots), ORDER).as_text()
             assert lowered.count("stablehlo.all_to_all") == 4  # q, k, v there, o back
         same(run(*inputs(slots), ORDER), want)
@@ -67,20 +63,20 @@ def test_attention_on_eight_devices_is_that_of_one(kind, slots):
         assert not want[0, FRAMES.length + 1 :].any()
 
 
-def test_the_gradient_of_the_mixture_crosses_the_exchange():
+def test_the_mixture_on_eight_devices_is_that_of_one_and_so_is_its_gradient():
     gates, qkv = jax.nn.softmax(normal(4, 2, HEADS, 3)), inputs(SLOTS)
 
-    def loss(f):
+    def slopes(f):
         def total(gates, q, k, v):
-            return jnp.square(f(q, k, v, gates, FRAMES, text=jnp.array([1, 2]))).sum()
+            o = f(q, k, v, gates, FRAMES, text=jnp.array([1, 2]))
+            return jnp.square(o).sum(), o
 
-        return jax.jit(jax.grad(total, (0, 1)))
+        return jax.jit(jax.grad(total, (0, 1), has_aux=True))
 
-    want = loss(routed.mix)(gates, *qkv)
-    with jax.set_mesh(sharding.make_mesh((1, 1, 8, 1))):
-        have = loss(ulysses.spread(routed.mix))(gates, *qkv)
-    for a, b in zip(have, want):
-        same(a, b)
+    want = slopes(routed.mix)(gates, *qkv)
+    with jax.set_mesh(sharding.make_mesh((2, 1, 4, 1))):
+        jax.tree.map(same, slopes(ulysses.spread(routed.mix))(gates, *qkv), want)
+    assert not want[1][0, FRAMES.length + 1 :].any()
 
 
 def test_frames_arrive_in_their_order_and_heads_at_their_device():
