@@ -95,9 +95,8 @@ def test_frames_arrive_in_their_order_and_heads_at_their_device():
         assert not run(q, ORDER).any()
 
 
-@pytest.mark.parametrize(
-    "cfg", [pytest.param(HUNYUAN, marks=pytest.mark.slow), WAN], ids=["hunyuan", "wan"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cfg", [HUNYUAN, WAN], ids=["hunyuan", "wan"])
 def test_a_model_on_eight_devices_is_that_on_one(cfg):
     """Hard routes through HunyuanVideo, soft gates through Wan."""
     rope = {"rope": (2, 2, 2)} if cfg is HUNYUAN else {}
