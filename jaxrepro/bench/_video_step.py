@@ -71,16 +71,12 @@ def make(shape: Mapping[str, Any]) -> Model:
 
 def by_route(model: Model, kernel: str) -> Callable[..., Any]:
     """step(params, latents, route (l, h), **more of apply) -> velocity, by the branch of each head."""
-    from jaxrepro.methods.vorta import router
-    from jaxrepro.ops.routed import routed
+    from jaxrepro.methods.vorta import router, sampling
 
     branches = router.branches(model.cfg, kernel=kernel)
 
     def step(params, latents, route, **more):
-        def attend(q, k, v, layer, aux):
-            mine, text = route[layer], aux.length
-            return routed(q, k, v, mine, model.grid, text=text, chunk=CHUNK, branches=branches)
-
+        attend = sampling.hard(route, model.grid, chunk=CHUNK, branches=branches)
         return model.step(params, latents, attend=attend, layout=model.grid, **more)
 
     return step

@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxrepro.config import UserError
-from jaxrepro.methods.vorta import objective, router
+from jaxrepro.methods.vorta import objective, router, setting
 from jaxrepro.methods.vorta.objective import Terms
 from jaxrepro.models.params import initialise
 from jaxrepro.models.video_parts import Aux, sinusoid
@@ -152,11 +151,6 @@ def mixture_batch(key: PRNGKeyArray, planted: Heads, n: int) -> dict[str, Array]
     return {"t": t} | {k: jnp.moveaxis(x, 2, 1) for k, x in rows.items()}
 
 
-def optimizer() -> optax.GradientTransformation:
-    """AdamW as the official code trains routers; clipping at norm 1 is the step's."""
-    return optax.adamw(1e-2, weight_decay=0.01)
-
-
 @partial(jax.jit, static_argnames=("steps", "mixture", "silu"))
 def train(
     key: PRNGKeyArray,
@@ -173,7 +167,7 @@ def train(
     """
     loss, batch = (mixture_loss, mixture_batch) if mixture else (gram_loss, gram_batch)
     begin, draw = jax.random.split(key)
-    rule = optimizer()
+    rule = setting.optimizer()
     params = initialise(begin, router.declare_sizes(1, WIDTH, HEADS))
     step = make_step(partial(loss, reg=reg, silu=silu), rule, max_grad_norm=1.0)
     state, _ = jax.lax.scan(

@@ -96,7 +96,9 @@ def save(
     table: Routes | None = None,
 ) -> list[str]:
     """Latents of each way below a new folder, films where there are pictures, and a table; their names."""
-    made = []
+    made, model = [], "other"
+    if s.config.data.kind == "folder":  # whose latents and texts they are
+        model = sources.folder(s.config, s.cfg, s.grid, "test").model
     with new_folder(folder) as temporary:
         if table is not None:
             routes.save(temporary / "routes.json", table)
@@ -105,7 +107,7 @@ def save(
             latents.write(
                 temporary / "latents" / way,
                 examples(prompts, x),
-                model=sources.family(s.cfg) if s.config.data.kind == "folder" else "other",
+                model=model,
                 normalised=True,
             )
             if (seen := pictures.get(name)) is not None:
