@@ -80,7 +80,7 @@ def _of_layer(name, groups):
     pooling = [seconds(case) for case in ("match", "pool", "unpool")]
     around = None if None in pooling else sum(pooling)
     whole = _last(groups, f"{name}: attention", SECONDS, "coreset")  # as a model runs it, all heads
-    rest = None if None in (whole, around) else max(whole - around, 1e-9)
+    rest = None if None in (whole, around) or whole <= around else whole - around
     says = f"{name}: coreset attention without match, pool and unpool, at least 0.95 of the rate of dense attention of its length"
     yield Goal(says, _ratio(seconds(SAME_LENGTH), rest), 0.95)
     says = f"{name}: match, pool and unpool, at most 0.05 of attention between pooled tokens"

@@ -1,6 +1,6 @@
 """The videos of VORTA, arXiv:2505.18809 (v2), and of its official code, by model. Imports nothing of this package.
 
-Of Wan 2.1 1.3B the code says nothing but its numbers of blocks and heads: tile, sampler, guidance and device are inferred.
+Of Wan 2.1 1.3B the tile (5, 6, 4), sampler, guidance and number of devices are inferred.
 """
 
 from typing import NamedTuple
