@@ -1,17 +1,13 @@
 """What all commands share: flags, one-line errors, exit codes, the method's module, jax's set-up.
 
-Exit codes: 0; 2 for bad input by the user (one line on stderr); 130 and 143 when stopped by
-SIGINT and SIGTERM. Anything else is our fault and shows its traceback. jax is imported only by
-`setup_jax`, so `--help` and every flag error stay quick.
+`exits` says which exit code means what. jax is imported only by `setup_jax`, so `--help` and every flag error stay quick.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import pkgutil
-import re
 import signal
 import sys
 import traceback
@@ -25,21 +21,19 @@ from absl import flags
 from jaxrepro import __version__, distributed
 from jaxrepro import config as configuration
 from jaxrepro.config import UserError
+from jaxrepro.exits import guard
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 _HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
 RUNS = {"sft": "jaxrepro.train.sft"}  # runs of the substrate, beside the methods
-_DISK = {errno.ENOSPC: "the disk is full", errno.EROFS: "the file system is read-only"}
-_DISK |= {errno.EACCES: "permission denied", errno.EPERM: "permission denied"}
-_DISK |= {getattr(errno, "EDQUOT", errno.ENOSPC): "the disk quota is used up"}
 
 
 def main(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command on its words (without the program's name) and exits with its code."""
     try:
-        code = guard(command, list(sys.argv[1:] if argv is None else argv))
+        code = guard(command, argv)
     except Exception:
         if not _joined():
             raise
@@ -53,49 +47,6 @@ def main(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = 
 def _joined() -> bool:
     """Whether this process belongs to a run of several; loads nothing."""
     return "jax" in sys.modules and distributed.several()
-
-
-def guard(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    """Exit code of `command(argv)`; prints `error: ...` in one line for what a user can repair."""
-    try:
-        command(argv)
-    except UserError as e:
-        return _error(str(e))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as e:
-        line = repairable(e)
-        if line is None:
-            raise
-        return _error(line)
-    return 0
-
-
-def _error(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return 2
-
-
-def repairable(e: BaseException) -> str | None:
-    """One line for a disk or a device that is full, read-only or forbidden; None for the rest."""
-    if isinstance(e, OSError) and e.errno in _DISK:
-        what, where = _DISK[e.errno], f" at {e.filename}" if e.filename else ""
-    elif "No space left on device" in str(e):  # tensorstore wraps it in a ValueError
-        what, where = _DISK[errno.ENOSPC], ""
-    elif type(e).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and (
-        found := re.search(r"Out of memory[^\n]*", str(e), re.IGNORECASE)
-    ):
-        return (
-            f"the device is full: {found[0]} Use a smaller batch, more micro_batches or "
-            "model.remat; --dry_run estimates the memory"
-        )
-    else:
-        return None
-    return f"cannot write or read{where}: {what}; free it or choose another --workdir"
 
 
 def wants_help(argv: Sequence[str]) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 from jaxrepro.config import UserError
 from jaxrepro.data import latents, video_clips
 from jaxrepro.data.video_pca import PatchPCA
+from jaxrepro.exits import guard
 from jaxrepro.models import hf
 
 TRAINING = 3, 4  # the share of a clip's frames
@@ -84,8 +85,8 @@ def write(folder: Path, found: Clips, *, width: int = WORDS) -> dict[str, int]:
     return counts
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+def command(argv: Sequence[str]) -> None:
+    """Write the folder that the words name."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     whole = lambda n, names, default: dict(type=int, nargs=n, metavar=names, default=default)
     parser.add_argument("folder", type=Path, help="a new one")
@@ -95,20 +96,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--channels", type=int, default=16, help="components kept (16)")
     parser.add_argument("--width", type=int, default=WORDS, help=f"of the text ({WORDS})")
     flags = parser.parse_args(argv)
-    try:
-        if min(*flags.size, *flags.patch, flags.channels) < 1:
-            raise UserError("--size, --patch and --channels must be 1 or more")
-        found = clips(tuple(flags.clips), tuple(flags.patch), (flags.channels, *flags.size))
-        counts = write(flags.folder, found, width=flags.width)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if min(*flags.size, *flags.patch, flags.channels) < 1:
+        raise UserError("--size, --patch and --channels must be 1 or more")
+    found = clips(tuple(flags.clips), tuple(flags.patch), (flags.channels, *flags.size))
+    counts = write(flags.folder, found, width=flags.width)
     tests = [row["pixels"] for row in found.rows["test"]]
     told = ", ".join(f"{n} to {split}" for split, n in counts.items())
     print(
         f"{flags.folder}: {told}; pictures of test latents have {found.pca.psnr(np.stack(tests)):.1f} dB"
     )
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command."""
+    return guard(command, argv)
 
 
 if __name__ == "__main__":

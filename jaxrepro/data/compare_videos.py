@@ -19,6 +19,7 @@ import numpy as np
 from jaxrepro.config import UserError
 from jaxrepro.data import video_clips, video_similarity
 from jaxrepro.data.video_clips import Pixels
+from jaxrepro.exits import guard
 
 AT_ONCE = 8  # frames in LPIPS's network
 Measure = Callable[[Pixels, Pixels], float]
@@ -89,31 +90,31 @@ def lpips() -> Measure:
     return measure
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+def command(argv: Sequence[str]) -> None:
+    """Compare the folders that the words name."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="of mp4 files")
     parser.add_argument("reference", type=Path, help="of mp4 files of the same names")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     flags = parser.parse_args(argv)
-    try:
-        names = pairs(flags.folder, flags.reference)
-        known, note = measures()
-        found = compare(flags.folder, flags.reference, known)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    names = pairs(flags.folder, flags.reference)
+    known, note = measures()
+    found = compare(flags.folder, flags.reference, known)
     mean = {m: float(np.mean([row[m] for row in found.values()])) for m in known}
     found[f"mean of {len(names)}"] = mean
     if note:
         print(note, file=sys.stderr)
     if flags.json:
         print(json.dumps(found, indent=1))
-        return 0
+        return
     for name, row in found.items():
         shown = {m: f"{x:.1f} dB" if m == "PSNR" else f"{x:.4f}" for m, x in row.items()}
         print("  ".join([name, *(f"{m} {x}" for m, x in shown.items())]))
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command."""
+    return guard(command, argv)
 
 
 if __name__ == "__main__":

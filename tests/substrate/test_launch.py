@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import jaxrepro.methods
-from jaxrepro import cli, config, evaluate, launch, sample, study
+from jaxrepro import cli, config, evaluate, exits, launch, sample, study
 from jaxrepro.config import UserError
 
 FAKE = str(Path(__file__).parent / "fixtures" / "fake.py")
@@ -162,14 +162,14 @@ def test_a_missing_package_of_a_method_is_named(capsys, method):
 
 def test_out_of_device_memory_is_one_line():
     error = type("JaxRuntimeError", (RuntimeError,), {})
-    line = cli.repairable(error("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes."))
+    line = exits.repairable(error("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes."))
     assert "17179869184" in line and "--dry_run" in line
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM])
 def test_disk_errors_name_the_file(number):
-    assert "some/file" in cli.repairable(OSError(number, "text", "some/file"))
-    assert cli.repairable(OSError(errno.ENOENT, "text", "some/file")) is None
+    assert "some/file" in exits.repairable(OSError(number, "text", "some/file"))
+    assert exits.repairable(OSError(errno.ENOENT, "text", "some/file")) is None
 
 
 def test_help_and_errors_of_the_real_process():

@@ -10,7 +10,7 @@ import jaxrepro
 PACKAGE = Path(jaxrepro.__file__).parent
 LAYERS = [
     {"config"},
-    {"sharding", "stats", "files", "cluster"},
+    {"sharding", "stats", "files", "cluster", "exits"},
     {"ops", "distributed"},
     {"models"},
     {"rollout", "rl", "rewards", "data", "envs"},

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxrepro import config, files, stats
 from jaxrepro.config import UserError
+from jaxrepro.exits import guard
 
 FILE = config.ROOT / "results" / "dpo-tiny-cpu.json"
 LINE = ("sigmoid_100", "sigmoid_30", "sigmoid", "sigmoid_3")  # DPO of beta 1, .3, .1, .03
@@ -160,24 +161,24 @@ def draw(found: Sequence[Row], path: Path) -> None:
         figure.savefig(file, format="png", dpi=110)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 with one line on what is wrong."""
+def command(argv: Sequence[str]) -> None:
+    """Print the table and draw the picture that the flags ask for."""
     p = argparse.ArgumentParser(
         prog="frontier", description="Losses beside DPO's win rate at equal KL."
     )
     p.add_argument("--results", default=FILE, help="results of the study of configs/dpo.py:tiny")
     p.add_argument("--picture", help="where to draw the picture (PNG)")
     a = p.parse_args(argv)
-    try:
-        data = files.read_json(a.results)
-        found, seeds = rows(data), seeds_of(data)
-        print(f"{len(seeds)} seeds\n\n{table(found, len(seeds))}")
-        if a.picture:
-            draw(found, Path(a.picture))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    data = files.read_json(a.results)
+    found, seeds = rows(data), seeds_of(data)
+    print(f"{len(seeds)} seeds\n\n{table(found, len(seeds))}")
+    if a.picture:
+        draw(found, Path(a.picture))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command."""
+    return guard(command, argv)
 
 
 if __name__ == "__main__":

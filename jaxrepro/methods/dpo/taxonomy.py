@@ -16,7 +16,6 @@ categories belong to the four branches of the abstract in this order is unverifi
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxrepro.config import UserError, did_you_mean
+from jaxrepro.exits import guard
 from jaxrepro.files import read_json
 
 BRANCHES = {
@@ -129,22 +129,20 @@ def _counted(found: Sequence[Method]) -> str:
     return f"{len(found)} entries, {of} with a loss ({len(keys)} keys)"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 with one line on what is wrong."""
+def command(argv: Sequence[str]) -> None:
+    """Print the part of the taxonomy that the flags ask for."""
     p = argparse.ArgumentParser(
         prog="taxonomy", description="Print the survey's taxonomy of preference optimisation."
     )
     p.add_argument("--category", help="only this one, for instance Feedback")
     p.add_argument("--losses", action="store_true", help="only methods with a loss in this package")
     a = p.parse_args(argv)
-    try:
-        print(*lines(select(a.category, losses=a.losses)), sep="\n", flush=True)
-    except BrokenPipeError:  # `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    print(*lines(select(a.category, losses=a.losses)), sep="\n", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command."""
+    return guard(command, argv)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxrepro.config import UserError
+from jaxrepro.exits import guard
 from jaxrepro.files import whole, writing
 from jaxrepro.models import tensors
 from jaxrepro.models.values import shown
@@ -64,19 +65,19 @@ def _array(source: Path, name: str, value: Any) -> np.ndarray:
     return (value.float() if value.dtype == torch.bfloat16 else value).contiguous().numpy()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+def command(argv: Sequence[str]) -> None:
+    """Convert the file that the words name."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
     parser.add_argument("source", type=Path, help="router.pt")
     parser.add_argument("target", type=Path, help="router.safetensors")
     flags = parser.parse_args(argv)
-    try:
-        n = convert(flags.source, flags.target)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    n = convert(flags.source, flags.target)
     print(f"{flags.target}: {n} tensors")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command."""
+    return guard(command, argv)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxrepro import config, files, stats
 from jaxrepro.config import UserError
+from jaxrepro.exits import guard
 from jaxrepro.files import whole, writing
 from jaxrepro.methods.vorta import analysis, drawing
 
@@ -106,22 +107,22 @@ def of_results(data: Any, arm: str) -> Points:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 with one line on what is wrong."""
+def command(argv: Sequence[str]) -> None:
+    """Print the curve of an arm, and draw it where the flags say so."""
     p = argparse.ArgumentParser(prog="curve", description=__doc__.split("\n\n")[0])
     p.add_argument("--results", default=FILE, help="results of a study of configs/vorta.py")
     p.add_argument("--arm", default="vorta", help="arm of the study (default: %(default)s)")
     p.add_argument("--picture", type=Path, help="where to draw the picture (PNG)")
     flags = p.parse_args(argv)
-    try:
-        found = of_results(files.read_json(flags.results), flags.arm)
-        print(table(found))
-        if flags.picture:
-            draw(flags.picture, found)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    found = of_results(files.read_json(flags.results), flags.arm)
+    print(table(found))
+    if flags.picture:
+        draw(flags.picture, found)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command."""
+    return guard(command, argv)
 
 
 if __name__ == "__main__":
