@@ -19,6 +19,22 @@ def minstd_shuffle(items, seed):
     return items, x
 
 
+def rushing(world, rng, share):
+    """Actions of which a share goes at the nearest enemy, so that there is a fight; the others are random.
+
+    world: has `pos`, a list of cells, `alive` and `team(i)`.
+    """
+    out = rng.integers(0, 21, len(world.pos))
+    for i, (x, y) in enumerate(world.pos):
+        foes = [p for j, p in enumerate(world.pos) if world.alive[j] and world.team(j) != world.team(i)]  # fmt: skip
+        if foes and rng.random() < share:
+            u, v = min(foes, key=lambda p: (p[0] - x) ** 2 + (p[1] - y) ** 2)
+            dx, dy = u - x, v - y
+            far = [(dx - a) ** 2 + (dy - b) ** 2 for a, b in MOVE]
+            out[i] = 13 + STRIKE.index((dx, dy)) if (dx, dy) in STRIKE else np.argmin(far)
+    return out
+
+
 class Serial:
     """A battle whose agents 0 .. A-1 are red, the others blue."""
 

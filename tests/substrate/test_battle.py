@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from battle_serial import Serial, minstd_shuffle
+from battle_serial import Serial, minstd_shuffle, rushing
 
 from jaxrepro.config import UserError
 from jaxrepro.envs.battle import OFFICIAL, Battle, BattleParams
@@ -184,23 +184,6 @@ def test_a_blow_at_a_friend_a_wall_or_nothing_costs_and_does_no_harm():
         _, after, reward, *_ = step(KEY, here, actions(env, {0: action}), OFFICIAL, jnp.arange(4))
         np.testing.assert_allclose(reward["red"][0], -0.105, rtol=1e-6)
         assert (after.hp == 10).all() and (after.alive == here.alive).all()
-
-
-def rushing(serial, rng, share):
-    """Actions of which a share goes at the nearest enemy, so that there is a fight."""
-    out = rng.integers(0, 21, len(serial.pos))
-    for i, (x, y) in enumerate(serial.pos):
-        foes = [p for j, p in enumerate(serial.pos) if serial.alive[j] and serial.team(j) != serial.team(i)]  # fmt: skip
-        if foes and rng.random() < share:
-            u, v = min(foes, key=lambda p: (p[0] - x) ** 2 + (p[1] - y) ** 2)
-            dx, dy = u - x, v - y
-            if max(abs(dx), abs(dy)) == 1:
-                k = [(-1, -1), (0, -1), (1, -1), (-1, 0), (1, 0), (-1, 1), (0, 1), (1, 1)].index((dx, dy))  # fmt: skip
-                out[i] = 13 + k
-            else:
-                step = [(0, -2), (-1, -1), (0, -1), (1, -1), (-2, 0), (-1, 0), (0, 0), (1, 0), (2, 0), (-1, 1), (0, 1), (1, 1), (0, 2)]  # fmt: skip
-                out[i] = min(range(13), key=lambda a: (dx - step[a][0]) ** 2 + (dy - step[a][1]) ** 2)  # fmt: skip
-    return out
 
 
 def compare(env, serial, state, obs):
