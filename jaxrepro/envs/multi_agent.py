@@ -107,7 +107,7 @@ class MultiAgentEnv(abc.ABC):
             for team, (a, b) in zip(self.teams, pairwise(ends))
         }
 
-    def check_actions(self, actions: PerTeam) -> None:
+    def check_actions(self, actions: Any) -> None:
         """UserError for actions of unknown teams, of a wrong shape or kind, or outside 0 .. num_actions - 1.
 
         On the host, for concrete arrays (A,): inside jit no value can be refused, and there an action out of range
