@@ -41,15 +41,22 @@ class MultiAgentEnv(abc.ABC):
 
     teams: tuple[str, ...]
     sizes: dict[str, int]
+    deterministic_reset = (
+        False  # whether every episode begins alike, whatever the key and the state before
+    )
 
     @property
     @abc.abstractmethod
     def default_params(self) -> Any:
-        """The parameters of the environment's source."""
+        """The parameters of the environment's source. They have `horizon`, the steps of an episode."""
 
     @abc.abstractmethod
     def reset(self, key: Key, params: Any) -> tuple[PerTeam, Any]:
         """(obs, state) of a new episode; obs: team -> (A, ...)."""
+
+    def restart(self, key: Key, state: Any, params: Any) -> tuple[PerTeam, Any]:
+        """(obs, state) of the episode after that of `state`: a reset that may depend on how many there were."""
+        return self.reset(key, params)
 
     @abc.abstractmethod
     def step_env(

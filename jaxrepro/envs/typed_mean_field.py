@@ -111,7 +111,7 @@ class TypedMeanField(MultiAgentEnv):
         self, state: TypedMeanFieldState, params: TypedMeanFieldParams
     ) -> dict[str, Float[Array, "n 8"]]:
         """The noisy embedding of each agent's type."""
-        return {TEAM: self.embedding[state.type] + params.obs_noise * state.noise}
+        return {TEAM: jnp.asarray(self.embedding)[state.type] + params.obs_noise * state.noise}
 
     def behaviour(self, state: TypedMeanFieldState) -> dict[str, Float[Array, "n"]]:
         """What the agents do: a_i = m_k(i)."""

@@ -42,9 +42,9 @@ def test_values_learnt_from_observed_neighbours_are_the_table():
 
 
 def test_values_learnt_from_new_neighbours_stay_at_nothing_when_hot():
-    # by 0.1 of a reward between -2 and 2 at each visit they go up and down, but not to the table
+    # each goes up and down with a tenth of its last rewards; their mean over 100 sites has a deviation of about 0.03
     q, _ = learned(jax.random.key(5), "new", 1500, 3.0)
-    assert np.abs(np.asarray(q).mean(0)).max() < 0.25
+    assert np.abs(np.asarray(q).mean(0)).max() < 0.1
 
 
 def test_temperature_falls_to_the_least_by_a_hundredth_each_2000_steps():
