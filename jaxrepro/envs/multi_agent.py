@@ -41,9 +41,7 @@ class MultiAgentEnv(abc.ABC):
 
     teams: tuple[str, ...]
     sizes: dict[str, int]
-    deterministic_reset = (
-        False  # whether every episode begins alike, whatever the key and the state before
-    )
+    deterministic_reset = False  # whether every episode begins alike, whatever the key
 
     @property
     @abc.abstractmethod
