@@ -125,10 +125,8 @@ class Gymnax(environment.Environment):
         return state.over
 
     def reset_env(self, key: Key, params: GymnaxParams) -> tuple[Array, GymnaxState]:
-        return self._begin(*self.env.reset(key, params.env))
-
-    def _begin(self, obs, state):
-        return flat(obs[self.team]), GymnaxState(state, jnp.int32(0), jnp.bool_(False))
+        obs, state = self.env.reset(key, params.env)
+        return flat(obs[self.team]), _begun(state)
 
     def step_env(
         self, key: Key, state: GymnaxState, action: Integer[Array, " agents"], params: GymnaxParams
@@ -167,12 +165,16 @@ class Gymnax(environment.Environment):
         of_step, of_reset = jax.random.split(key)
         obs, after, reward, terminated, info = self.step_env(of_step, state, action, params)
         truncated = self.is_truncated(after, params)
-        start = self._begin(*self.env.restart(of_reset, after.env, params.env))
+        _, fresh = self.env.restart(of_reset, after.env, params.env)
+        state = select(terminated | truncated, _begun(fresh), after)
         info = {
             **info,
             "terminated": terminated,
             "truncated": truncated,
             "final_observation": obs,
         }
-        obs, state = select(terminated | truncated, start, (obs, after))
-        return obs, state, reward, terminated, truncated, info
+        return self.observe(None, state, None, params), state, reward, terminated, truncated, info
+
+
+def _begun(state):
+    return GymnaxState(state, jnp.int32(0), jnp.bool_(False))

@@ -66,13 +66,11 @@ class JaxMARL:
     ) -> tuple[dict[str, Array], Any, dict[str, Array], dict[str, Array], dict[str, Array]]:
         """One step, and the next episode where this one ended. reset_state: begin it there."""
         of_step, of_reset = jax.random.split(key)
-        obs, after, reward, done, info = self.step_env(of_step, state, actions)
+        _, after, reward, done, info = self.step_env(of_step, state, actions)
         if reset_state is None:
-            start = self.env.restart(of_reset, after, self.params)
-            start = self._seen(start[0]), start[1]
-        else:
-            start = self.get_obs(reset_state), reset_state
-        return *select(done["__all__"], start, (obs, after)), reward, done, info
+            _, reset_state = self.env.restart(of_reset, after, self.params)
+        state = select(done["__all__"], reset_state, after)
+        return self.get_obs(state), state, reward, done, info
 
     def step_env(
         self, key: Key, state: Any, actions: dict[str, Any]

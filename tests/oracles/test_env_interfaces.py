@@ -12,11 +12,13 @@ pytestmark = [
 jaxmarl = pytest.importorskip("jaxmarl")
 pettingzoo = pytest.importorskip("pettingzoo")
 
+from gymnax.experimental import RolloutWrapper
 from jaxmarl.wrappers.baselines import CTRolloutManager, LogWrapper
 from pettingzoo.utils.conversions import parallel_to_aec
 from small_teams import Strike, StrikeParams
 
 from jaxrepro.envs.battle import Battle, BattleParams
+from jaxrepro.envs.gymnax_env import Gymnax
 from jaxrepro.envs.ising import Ising
 from jaxrepro.envs.jaxmarl_env import JaxMARL
 from jaxrepro.envs.pettingzoo_env import PettingZooParallel
@@ -87,6 +89,22 @@ def test_jaxmarl_rollout_manager_of_its_q_learning_drives_the_battle():
         np.testing.assert_allclose(reward["__all__"], total, rtol=1e-5)
         assert done["__all__"].tolist() == [i == 4] * 3
     assert obs["red_0"].shape == (3, 13 * 13 * 7 + 34 + 4) and env.max_action_space == 21
+
+
+def test_gymnax_own_rollout_drives_the_battle_against_a_random_army():
+    at_random = lambda key, obs, state: jax.random.randint(key, (len(obs.view),), 0, 21)
+    env = Gymnax(Battle(12), "blue", at_random)
+    params = {"env": BattleParams(horizon=10), "max_steps_in_episode": 10}
+    rollout = RolloutWrapper(env=env, env_params=params)
+    obs, action, reward, _, done, total = rollout.batch_rollout(
+        jax.random.split(jax.random.key(0), 2), None
+    )
+    assert obs.shape == (2, 10, 2, 13 * 13 * 7 + 34) and action.shape == (2, 10, 2)
+    assert done[:, -1].all() and not done[:, :-1].any()
+    np.testing.assert_allclose(total[:, 0], reward.sum(1), rtol=1e-5)
+    # two agents pay 0.005 a step each and 0.1 a blow
+    blows = (action >= 13).sum(-1)
+    assert (reward[blows == 0] <= -0.01 + 1e-6).all() and reward.shape == (2, 10)
 
 
 def test_pettingzoo_accepts_any_world_as_parallel(world):

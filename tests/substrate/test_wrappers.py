@@ -9,6 +9,7 @@ from gymnax.experimental import RolloutWrapper
 from small_teams import Strike, StrikeParams
 
 from jaxrepro.config import UserError
+from jaxrepro.envs.battle import Battle, BattleParams
 from jaxrepro.envs.gymnax_env import Gymnax
 from jaxrepro.envs.ising import Ising
 from jaxrepro.envs.jaxmarl_env import JaxMARL
@@ -74,6 +75,33 @@ def test_worlds_of_a_batch_begin_again_on_their_own():
     state = jax.jit(jax.vmap(wrapped.step))(jax.random.split(KEY, 2), state, actions)[1]
     assert state.first.tolist() == [True, False]
     assert state.env.time.tolist() == [0, 1] and state.env.episode.tolist() == [1, 0]
+
+
+def test_armies_change_sides_with_the_episodes_of_the_battle():
+    env = Battle(12, minimap=False, extra_features=False, side="alternate")
+    wrapped = AutoReset(env, BattleParams(horizon=3))
+
+    def step(state, key):
+        actions = {team: jax.random.randint(key, (2,), 0, 21) for team in env.teams}
+        obs, state, _, _, truncated, info = wrapped.step(key, state, actions)
+        seen = obs["red"].view, env.observe(state.env, wrapped.params)["red"].view
+        return state, (state, truncated, seen, info["final_observation"]["red"].view)
+
+    state = wrapped.reset(KEY)[1]
+    _, (states, truncated, (obs, looked), final) = jax.device_get(
+        jax.jit(lambda state, keys: jax.lax.scan(step, state, keys))(
+            state, jax.random.split(KEY, 7)
+        )
+    )
+    assert truncated.tolist() == [False, False, True] * 2 + [False]
+    assert states.first.tolist() == truncated.tolist()
+    assert states.env.swapped.tolist() == [False, False, True, True, True, False, False]
+    assert states.env.t.tolist() == [1, 2, 0, 1, 2, 0, 1]
+    np.testing.assert_array_equal(obs, looked)
+    # both armies of a reset stand where the other stood; what was seen before it is kept
+    assert states.env.pos[2, :, 0].tolist() == [9, 9, 1, 1]
+    same = [bool((a == b).all()) for a, b in zip(obs, final)]
+    assert same == [not end for end in truncated.tolist()]
 
 
 # flat --------------------------------------------------------------------------------------------------
