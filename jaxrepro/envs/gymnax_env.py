@@ -136,9 +136,9 @@ class Gymnax(environment.Environment):
         terminated: the rules ended the episode, or all agents of the team are dead. info: the environment's, and
         `agent_reward` and `agent_terminated` (A,) of the team.
         """
-        of_step, *of_others = jax.random.split(key, 1 + len(self.opponents))
-        actions = {self.team: action}
+        of_step, of_others, actions = key, (), {self.team: action}
         if self.opponents:
+            of_step, *of_others = jax.random.split(key, 1 + len(self.opponents))
             obs = self.env.observe(state.env, params.env)
         for of_other, (team, policy) in zip(of_others, self.opponents.items()):
             actions[team] = policy(of_other, obs[team], state.env)

@@ -79,7 +79,7 @@ class JaxMARL:
         missing = [agent for agent in self.agents if agent not in actions]
         if missing:
             raise UserError(
-                f"no action for {missing[0]} and {len(missing) - 1} others; give one for each of env.agents, dead or not"
+                f"no action for {', '.join(missing):.60}; give one for each of env.agents, dead or not"
             )
         per_team = {
             team: jnp.stack([jnp.asarray(actions[agent]) for agent in agents])

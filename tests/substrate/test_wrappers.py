@@ -1,5 +1,6 @@
 """Wrappers of many-agent environments, followed by hand in a small world and driven by the interfaces' own loops."""
 
+import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +11,10 @@ from small_teams import Strike, StrikeParams
 
 from jaxrepro.config import UserError
 from jaxrepro.envs.battle import Battle, BattleParams
-from jaxrepro.envs.gymnax_env import Gymnax
+from jaxrepro.envs.gymnax_env import Gymnax, GymnaxParams
 from jaxrepro.envs.ising import Ising
 from jaxrepro.envs.jaxmarl_env import JaxMARL
+from jaxrepro.envs.multi_agent import INFO, MultiAgentEnv
 from jaxrepro.envs.wrappers import AutoReset, agent_names, flat, flat_shapes
 
 NOTHING = {"red": jnp.zeros(3, jnp.int32), "blue": jnp.zeros(2, jnp.int32)}
@@ -167,6 +169,68 @@ def test_an_own_team_without_survivors_terminates_and_its_opponent_sees_the_worl
     assert env.discount(after, params) == 0 and env.discount(state, params) == 1
 
 
+class OfOne(MultiAgentEnv):
+    """A gymnax environment as a team of one, to be wrapped back."""
+
+    teams = ("me",)
+
+    def __init__(self, env):
+        self.env, self.sizes = env, {"me": 1}
+
+    @property
+    def default_params(self):
+        return self.env.default_params
+
+    def num_actions(self, team):
+        return self.env.num_actions
+
+    def reset(self, key, params):
+        obs, state = self.env.reset_env(key, params)
+        return {"me": obs[None]}, state
+
+    def observe(self, state, params):
+        return {"me": self.env.get_obs(state, params)[None]}
+
+    def step_env(self, key, state, actions, params):
+        obs, state, reward, over, _ = self.env.step_env(key, state, actions["me"][0], params)
+        everyone, kills = {"me": jnp.ones(1, bool)}, {"me": jnp.int32(0)}
+        info = dict(zip(INFO, (everyone, {"me": ~over[None]}, kills, over)))
+        return {"me": obs[None]}, state, {"me": reward[None]}, {"me": over[None]}, info
+
+    def is_truncated(self, state, params):
+        return self.env.is_truncated(state, params)
+
+
+def test_a_gymnax_environment_wrapped_twice_is_itself():
+    env, params = gymnax.make("CartPole-v1")
+    params = params.replace(max_steps_in_episode=12)  # some episodes fall, some are truncated
+    twice = Gymnax(OfOne(env), "me")
+    twice_params = GymnaxParams(params, 500)
+
+    def step(carry, key):
+        (_, state), (_, own) = carry
+        action = jax.random.bernoulli(key, 0.85, (1,)).astype(jnp.int32)
+        of_twice = twice.step(key, state, action, twice_params)
+        of_one = env.step(key, own, action[0], params)
+        return (of_twice[:2], of_one[:2]), (of_twice, of_one)
+
+    begun = twice.reset(KEY, twice_params), env.reset(KEY, params)
+    run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
+    _, (mine, theirs) = jax.device_get(run(begun, jax.random.split(KEY, 60)))
+    assert theirs[3].any() and theirs[4].any()
+    near = {
+        "rtol": 0,
+        "atol": 1e-6,
+    }  # XLA fuses the same formulas otherwise: the last bit of numbers about 1
+    np.testing.assert_allclose(mine[0][:, 0], theirs[0], **near)
+    for ours, gymnaxs in zip(mine[2:5], theirs[2:5]):
+        np.testing.assert_array_equal(ours, gymnaxs)
+    for name in ("terminated", "truncated"):
+        np.testing.assert_array_equal(mine[5][name], theirs[5][name])
+    last = mine[5]["final_observation"][:, 0], theirs[5]["final_observation"]
+    np.testing.assert_allclose(*last, **near)
+
+
 def test_gymnax_own_rollout_drives_a_team_at_random(alone):
     rollout = RolloutWrapper(env=alone, env_params={"max_steps_in_episode": 4}, num_env_steps=40)
     obs, action, reward, next_obs, done, total = rollout.batch_rollout(
@@ -276,5 +340,5 @@ def test_jaxmarl_agents_are_in_the_order_of_join_with_more_than_ten(marl):
 
 def test_jaxmarl_wants_an_action_of_everybody(marl):
     _, state = marl.reset(KEY)
-    with pytest.raises(UserError, match="no action for red_1 and 2 others"):
+    with pytest.raises(UserError, match="no action for red_1, red_2, blue_1; give one"):
         marl.step(KEY, state, {"red_0": jnp.int32(0), "blue_0": jnp.int32(0)})
