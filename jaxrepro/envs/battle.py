@@ -13,7 +13,7 @@ A step: attacks in a random order, recovery of 0.1 hp, moves by index, red first
     dead_penalty (+ attack_opponent_reward) instead of all that for who is killed (and has struck an enemy before)
 
 What differs from the engine: dead agents stay in their rows instead of being removed, with observation and reward 0;
-what the engine leaves of the minimap of an army without survivors is 0 here; the order of attackers is drawn from a
+an army without survivors has no share of the minimap, where the engine divides 0 by 0; the order of attackers is drawn from a
 key, unless it is given.
 """
 
@@ -236,7 +236,8 @@ class Battle(MultiAgentEnv):
         """What MAgent2's PettingZoo interface returns: team -> (A, 13, 13, c + f), features as planes behind the view.
 
         It looks before the dead are cleared away: those killed in the last step still see and count on the minimap, and
-        the reward among the features is that of the step before. 0 for who was dead before the last step.
+        the reward among the features is that of the step before. 0 for who was dead before the last step. Not taken over
+        is a slip of that interface: in the first step after its reset, blue does what red was told.
         """
         seen = self._look(state, state.fought, state.lagged_reward, state.fought & ~state.alive)
         return {team: looks.tiled(seen[team]) for team in self.teams}

@@ -1,6 +1,6 @@
 """What an agent of the battle sees: a picture of its neighbourhood, a minimap, and numbers about itself.
 
-Source: MAgent2 0.3.4, its C++ engine as executed; equal to it bit for bit (features apart from rounding).
+Source: MAgent2 0.3.4, its C++ engine as executed; equal to it bit for bit.
 
     view      (13 y, 13 x, c) centred on the agent, cells with dx² + dy² ≤ 36, else 0. Channels:
               0 wall; 1 presence and 2 hp / 10 of the own team, then those of the other. Cells off the map are 0.

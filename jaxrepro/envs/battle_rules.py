@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrepro.config import UserError
 
-FULL_HP, DAMAGE, RECOVERY, KILL_HITS = 10.0, 2.0, 0.1, 6
+FULL_HP, DAMAGE, RECOVERY = 10.0, 2.0, 0.1
 LEAST_MAP = 12
 EMPTY, WALL = -1, -2  # of the occupancy grid; others are indices of agents
 NEVER = np.iinfo(np.int32).max  # place of a hit that does not come

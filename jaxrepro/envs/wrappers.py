@@ -58,12 +58,12 @@ class AutoReset:
         truncated = self.env.is_truncated(after, self.params)
         done = info["episode_over"] | truncated
         if self._start is None:
-            # the state is chosen first and looked at once: a step of the battle is six times as fast so
             _, fresh = self.env.restart(of_reset, after, self.params)
-            env = select(done, fresh, after)
-            obs = self.env.observe(env, self.params)
         else:
-            obs, env = select(done, self._start, (seen, after))
+            _, fresh = self._start
+        # the state is chosen first and looked at once: choosing between two observations costs more than looking
+        env = select(done, fresh, after)
+        obs = self.env.observe(env, self.params)
         info = {**info, "final_observation": seen}
         return obs, AutoResetState(env, done), reward, terminated, truncated, info
 
