@@ -58,7 +58,7 @@ def moment(states, k):
     return jax.tree.map(lambda x: jnp.asarray(x[k]), states)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.integers(0, 2**31 - 1))
 def test_a_game_keeps_its_invariants(seed):
     obs, states, _, reward, ended, info = jax.device_get(game()(jax.random.key(seed)))
