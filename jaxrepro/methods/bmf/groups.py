@@ -53,16 +53,15 @@ def init_groups(
     g = setting.group_count
     if g > agents:
         raise UserError(f"groups={g} of a team of {agents} agents; use 1 to {agents}")
-    if not setting.grouped:
-        width = 0
-    elif setting.inter == "attention" and setting.attention_key == "state":
-        width = observation_size
-    else:
-        width = setting.latent
+    if setting.compares_observations and observation_size < 1:
+        raise UserError(
+            f"observation_size={observation_size} with attention_key='state'; give the entries of x"
+        )
+    width = observation_size if setting.compares_observations else setting.latent
     return GroupState(
         labels=jnp.full(agents, -1, jnp.int32),
         actions=jnp.zeros((g, num_actions)),
-        keys=jnp.zeros((g, width)),
+        keys=jnp.zeros((g, width if setting.grouped else 0)),
         count=jnp.zeros(g),
         own=jnp.zeros((agents, num_actions)) if setting.exclude_self else None,
     )
@@ -92,9 +91,7 @@ def update_groups(
         z_key, group_key = jax.random.split(key)
         z = latents(vae_params, setting, x, actions, z_key)
         labels = _labels(setting, state.labels, t, x, z, alive, group_key)
-        compared = x if state.keys.shape[-1] != z.shape[-1] else z
-        if setting.inter == "attention" and setting.attention_key == "state":
-            compared = x
+        compared = x if setting.compares_observations else z
         keys = group_means(compared, labels, setting.groups)[0]
     else:
         labels = jnp.where(alive, 0, -1).astype(jnp.int32)
@@ -177,13 +174,12 @@ def mean_field_input(
     """
     if setting.algorithm == "ac":
         return ()
-    whole = setting.group_count == 1 and not setting.grouped
     intra = _of_group(state.actions, state.labels)
     if state.own is not None:
         others = _of_group(state.count[..., None], state.labels) - 1
         rest = (intra * (others + 1) - state.own) / jnp.maximum(others, 1)
         intra = jnp.where(others > 0, rest, 0)
-    if whole:
+    if not setting.grouped:
         return (intra,) * max(len(setting.towers), 1)
     zero = jnp.zeros_like(intra)
     if setting.levels == "intra":

@@ -138,7 +138,7 @@ def init_policy(
         "critic": critic.init(keys[2], h, vectors)["params"],
     }
     if setting.attends:
-        width = setting.latent if setting.attention_key == "latent" else size + features
+        width = size + features if setting.compares_observations else setting.latent
         head = Attention(setting.attention_dim)
         params["attention"] = head.init(keys[3], jnp.zeros((1, width)))["params"]
     return params

@@ -42,7 +42,9 @@ class Setting:
     attention_dim: int = 32
     cluster_on: str = "mean"  # K-means of posterior means, samples, or raw observations
     exclude_self: bool = False  # whether an agent's own action is left out of its group's mean
-    mask_id_features: bool = False  # the bits of the agent's index are zeroed wherever they are read
+    mask_id_features: bool = (
+        False  # the bits of the agent's index are zeroed wherever they are read
+    )
     # variational autoencoder
     vae_target: str = "state_action_value"
     vae_reduction: str = "fixed"
@@ -81,7 +83,9 @@ class Setting:
         for name in ("lr", "vae_lr"):
             _number(name, getattr(self, name), 0, math.inf, above=True)
         if self.gamma == 0 and self.r2_divide_gamma and self.vae_target == "state_action_value":
-            raise UserError("gamma=0 divides by 0 in the VAE's value term; use r2_divide_gamma=False")
+            raise UserError(
+                "gamma=0 divides by 0 in the VAE's value term; use r2_divide_gamma=False"
+            )
         if self.mf_form == "mixed" and self.levels != "both":
             raise UserError(
                 f"levels={self.levels!r} with mf_form='mixed', which has one vector; use 'bilevel'"
@@ -110,6 +114,11 @@ class Setting:
         return self.grouped and self.inter == "attention" and self.levels != "intra"
 
     @property
+    def compares_observations(self) -> bool:
+        """Whether attention compares mean observations of groups; else weights compare latents."""
+        return self.grouped and self.inter == "attention" and self.attention_key == "state"
+
+    @property
     def regroups(self) -> int | None:
         """Steps from one grouping to the next; None: never again."""
         return self.group_interval or None
@@ -130,5 +139,9 @@ def _whole(name, value, low, remedy=""):
 def _number(name, value, low, high, above=False):
     fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or not (low < value if above else low <= value) or value > high:
-        limit = f"above {low}" if above else f"from {low} " + ("up" if high == math.inf else f"to {high}")
+        limit = (
+            f"above {low}"
+            if above
+            else f"from {low} " + ("up" if high == math.inf else f"to {high}")
+        )
         raise UserError(f"{name}={value!r}; use a number {limit}")

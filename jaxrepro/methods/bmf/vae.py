@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrepro.methods.bmf.layers import Dense
 from jaxrepro.methods.bmf.setting import Setting
@@ -148,7 +148,8 @@ def loss_sums(
     aux: sums over agents, as `monitor` reads them. In the "official" reduction an agent's KL counts `total` times.
     """
     weight = batch.mask.astype(jnp.float32)
-    x = batch.x.astype(jnp.float32)
+    kept = lambda v: jnp.where(batch.mask, v, 0)  # 0 times infinity would be no 0
+    x = jnp.where(batch.mask[:, None], batch.x.astype(jnp.float32), 0)
     mean, log_variance = encode(params, setting, x, batch.action)
     z = sample(mean, log_variance, noise)
     out = decode(params, setting, z)
@@ -171,8 +172,10 @@ def loss_sums(
         aux["action_nll"] = -(taken * jax.nn.log_softmax(out[:, size:])).sum(-1)
         each = each + aux["action_nll"]
     if setting.vae_target == "state_action_value":
-        found = ValueHead(setting.hidden).apply({"params": params["value"]}, x, z) - batch.reward
-        right = jax.lax.stop_gradient(batch.next_value)
+        found = ValueHead(setting.hidden).apply({"params": params["value"]}, x, z) - kept(
+            batch.reward
+        )
+        right = jax.lax.stop_gradient(kept(batch.next_value))
         if setting.r2_divide_gamma:
             found = found / setting.gamma
         aux["value_error"] = (found - right) ** 2

@@ -1,0 +1,204 @@
+"""What the groups of BMF, arXiv:2505.06706, are, and what a mean field is worth to a critic.
+
+Groups that a collapsed autoencoder makes are random: `adjusted_rand` against places and health, `silhouette` and
+`persistence` tell. `aggregation_noise` measures what the paper calls by that name: the error that is left when a critic
+sees an average over agents instead of the ones that matter. Masked, of fixed shape, pure.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxrepro.config import UserError
+from jaxrepro.methods.bmf.kmeans import kmeans
+from jaxrepro.methods.bmf.layers import Dense
+
+NOTHING = "none"  # the input of a critic that sees its own observation alone
+
+
+def group_sizes(labels: Int[Array, "a"], groups: int) -> dict[str, Array]:
+    """Members of each group ("sizes"), groups without any ("empty"), share of the largest group ("largest").
+
+    Label -1 is in none; without any member the share is 0.
+    """
+    sizes = jax.nn.one_hot(labels, groups).sum(0)
+    largest = sizes.max() / jnp.maximum(sizes.sum(), 1)
+    return {"sizes": sizes, "empty": (sizes == 0).sum(), "largest": largest}
+
+
+def adjusted_rand(first: Int[Array, "a"], second: Int[Array, "a"], groups: int) -> Float[Array, ""]:
+    """Adjusted Rand index of two partitions with labels 0 .. groups - 1: 1 the same, about 0 by chance.
+
+    Agents with label -1 in either are left out. 1 where both are trivial in the same way, as scikit-learn has it.
+    """
+    keep = (first >= 0) & (second >= 0)
+    rows = jax.nn.one_hot(jnp.where(keep, first, -1), groups)
+    columns = jax.nn.one_hot(jnp.where(keep, second, -1), groups)
+    table = jnp.matmul(rows.T, columns, precision="highest")
+    pairs = lambda n: (n * (n - 1) / 2).sum()
+    together, of_first, of_second = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
+    n = keep.sum().astype(jnp.float32)
+    chance = of_first * of_second / jnp.maximum(n * (n - 1) / 2, 1)
+    span = (of_first + of_second) / 2 - chance
+    return jnp.where(span == 0, 1.0, (together - chance) / jnp.where(span == 0, 1, span))
+
+
+def persistence(before: Int[Array, "a"], after: Int[Array, "a"]) -> Float[Array, ""]:
+    """Of the pairs of survivors that shared a group before, the share that shares one after; 1 where there is none.
+
+    Names of groups do not matter. -1: dead, or not yet grouped.
+    """
+    keep = (before >= 0) & (after >= 0)
+    pair = keep[:, None] & keep & ~jnp.eye(len(keep), dtype=bool)
+    was = pair & (before[:, None] == before)
+    still = was & (after[:, None] == after)
+    n = was.sum()
+    return jnp.where(n == 0, 1.0, still.sum() / jnp.maximum(n, 1))
+
+
+def silhouette(
+    points: Float[Array, "a d"], labels: Int[Array, "a"], groups: int
+) -> Float[Array, ""]:
+    """Mean silhouette of the labelled points, -1 to 1, Euclidean; 0 where fewer than two groups have members.
+
+    Points with label -1 are left out; one that is alone in its group counts 0, as scikit-learn has it.
+    """
+    keep = labels >= 0
+    points = jnp.where(keep[:, None], points, 0)
+    gap = jnp.sqrt(((points[:, None] - points) ** 2).sum(-1))
+    member = jax.nn.one_hot(labels, groups)
+    size = member.sum(0)
+    total = jnp.matmul(gap, member, precision="highest")  # (a, g)
+    own = member.astype(bool)
+    others = jnp.maximum((size * member).sum(1) - 1, 0)
+    inside = (total * member).sum(1) / jnp.maximum(others, 1)
+    foreign = ~own & (size > 0)
+    outside = jnp.where(foreign, total / jnp.maximum(size, 1), jnp.inf).min(1)
+    width = jnp.maximum(inside, outside)
+    real = keep & (others > 0) & jnp.isfinite(outside) & (width > 0)
+    each = jnp.where(real, (outside - inside) / jnp.where(real, width, 1), 0)
+    return each.sum() / jnp.maximum(keep.sum(), 1)
+
+
+def group_report(
+    labels: Int[Array, "a"],
+    before: Int[Array, "a"],
+    z: Float[Array, "a d"],
+    position: Float[Array, "a 2"],
+    health: Float[Array, "a"],
+    groups: int,
+    key: PRNGKeyArray,
+) -> dict[str, Array]:
+    """Scalars about the groups of one step: empty, largest, silhouette (of z), persistence since `before`, and the
+    adjusted Rand index against K-means of places (ari_position) and of health (ari_health)."""
+    alive = labels >= 0
+    by_place, by_health = jax.random.split(key)
+    place = kmeans(position, alive, groups, by_place).labels
+    state = kmeans(health[:, None], alive, groups, by_health).labels
+    sizes = group_sizes(labels, groups)
+    return {
+        "empty": sizes["empty"].astype(jnp.float32),
+        "largest": sizes["largest"],
+        "silhouette": silhouette(z, labels, groups),
+        "persistence": persistence(before, labels),
+        "ari_position": adjusted_rand(labels, place, groups),
+        "ari_health": adjusted_rand(labels, state, groups),
+    }
+
+
+class _Critic(nn.Module):
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(Dense(self.hidden, name="first")(x))
+        h = nn.relu(Dense(self.hidden, name="second")(h))
+        return Dense(1, name="value")(h)[..., 0]
+
+
+def aggregation_noise(
+    key: PRNGKeyArray,
+    observation: Float[Array, "n d"],
+    mean_fields: Mapping[str, Float[Array, "n ..."]],
+    target: Float[Array, "n"],
+    *,
+    test_share: float = 0.25,
+    hidden: int = 64,
+    steps: int = 2000,
+    batch: int = 256,
+    lr: float = 1e-3,
+) -> dict[str, Array]:
+    """Held-out mean squared error of critics that see the same observations and different mean fields.
+
+    mean_fields: by name, such as "mf", "bmf", "true_groups"; "none" (zeros) is added. All critics have the same
+    initial trunk, rows and order of rows, and a linear decay of Adam's rate to 0; where widths differ the narrower
+    input is padded with zeros. The held-out rows are the last ones, so rows of one episode should lie together.
+    Errors: UserError where a part of the rows would be empty, a name is taken, or lengths differ.
+    """
+    n = len(target)
+    held = int(n * test_share)
+    if not 0 < held < n:
+        raise UserError(
+            f"test_share={test_share} of {n} rows leaves {held} to test and {n - held} to train; use a share that leaves both"
+        )
+    if NOTHING in mean_fields:
+        raise UserError(f"mean_fields has {NOTHING!r}, which is added here; use another name")
+    for name, x in {"observation": observation, **mean_fields}.items():
+        if len(x) != n:
+            raise UserError(f"{name} has {len(x)} rows and target {n}; give the same rows")
+    flat = {name: x.reshape(n, -1) for name, x in mean_fields.items()}
+    width = max((x.shape[1] for x in flat.values()), default=0)
+    wide = [jnp.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in flat.values()]
+    stacked = jnp.stack([jnp.zeros((n, width)), *wide])
+    errors = _fit(
+        key,
+        observation,
+        stacked,
+        target,
+        held=held,
+        hidden=hidden,
+        steps=steps,
+        batch=min(batch, n - held),
+        lr=lr,
+    )
+    return dict(zip([NOTHING, *flat], errors))
+
+
+@partial(jax.jit, static_argnames=("held", "hidden", "steps", "batch", "lr"))
+def _fit(
+    key: PRNGKeyArray,
+    observation: Any,
+    stacked: Any,
+    target: Any,
+    *,
+    held,
+    hidden,
+    steps,
+    batch,
+    lr,
+) -> Float[Array, "m"]:
+    n, critic = len(target) - held, _Critic(hidden)
+    draw, order = jax.random.split(key)
+    rule = optax.adam(optax.linear_schedule(lr, 0.0, steps))
+
+    def one(field):
+        x = jnp.concatenate([observation, field], 1)
+        params = critic.init(draw, x[0])
+
+        def step(carry, i):
+            params, opt = carry
+            rows = jax.random.randint(jax.random.fold_in(order, i), (batch,), 0, n)
+            wrong = lambda p: ((critic.apply(p, x[rows]) - target[rows]) ** 2).mean()
+            change, opt = rule.update(jax.grad(wrong)(params), opt)
+            return (optax.apply_updates(params, change), opt), None
+
+        params = jax.lax.scan(step, (params, rule.init(params)), jnp.arange(steps))[0][0]
+        return ((critic.apply(params, x[n:]) - target[n:]) ** 2).mean()
+
+    return jax.vmap(one)(stacked)
