@@ -50,21 +50,21 @@ class Setting:
     vae_reduction: str = "fixed"
     vae_hidden: int = 512
     latent: int = 32
-    beta: float = 1.0  # weight of the KL
-    r2_weight: float = 1.0  # weight of the value term
+    beta: float | int = 1.0  # weight of the KL
+    r2_weight: float | int = 1.0  # weight of the value term
     r2_divide_gamma: bool = True  # (f - r) / gamma, not f - r, is compared with V(s')
     shared_vae: bool = True  # one for both teams; else the opponent keeps an untrained one
-    vae_lr: float = 1e-4
+    vae_lr: float | int = 1e-4
     # actor and critic
     hidden: int = 256
     bootstrap: str = "fixed"  # where an agent's steps end: V(last observation), or 0 for the dead
     nan_probabilities: str = "keep"
-    gamma: float = 0.95
-    value_coef: float = 0.1
-    entropy_coef: float = 0.08
-    clip: float = 0.5  # norm of the gradient of each sub-network; 0: not clipped
-    lr: float = 1e-4
-    self_play_tau: float = 0.01  # share of itself that the opponent keeps
+    gamma: float | int = 0.95
+    value_coef: float | int = 0.1
+    entropy_coef: float | int = 0.08
+    clip: float | int = 0.5  # norm of the gradient of each sub-network; 0: not clipped
+    lr: float | int = 1e-4
+    self_play_tau: float | int = 0.01  # share of itself that the opponent keeps
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
