@@ -21,10 +21,14 @@ def small(preset: str = "fixed", **changes) -> Setting:
 
 @functools.lru_cache
 def params_of(setting: Setting, seed: int = 0):
-    """(policy, VAE) parameters."""
-    one, two = jax.random.split(jax.random.key(seed))
-    make = jax.jit(lambda a, b: (networks.init_policy(a, setting, VIEW, FEATURES, ACTIONS), vae.init_vae(b, setting, SIZE, ACTIONS)))  # fmt: skip
-    return make(one, two)
+    """(policy, VAE) parameters, drawn by numpy: to compile a draw for each leaf takes seconds."""
+    make = lambda key: (
+        networks.init_policy(key, setting, VIEW, FEATURES, ACTIONS),
+        vae.init_vae(key, setting, SIZE, ACTIONS),
+    )
+    rng = np.random.default_rng(seed)
+    draw = lambda s: jnp.asarray(rng.uniform(-0.4, 0.4, s.shape), jnp.float32)
+    return jax.tree.map(draw, jax.eval_shape(make, jax.random.key(0)))
 
 
 def rolled(setting: Setting, vae_params, view, features, action, alive, key):

@@ -7,6 +7,7 @@ import pytest
 from bmf_small import ACTIONS, FEATURES, VIEW, params_of, small
 
 from jaxrepro.methods.bmf import networks
+from jaxrepro.methods.bmf.layers import Dense
 from jaxrepro.methods.bmf.setting import of_preset
 
 rng = np.random.default_rng(0)
@@ -46,14 +47,13 @@ def test_baselines_have_the_size_of_their_authors_networks():
 
 
 def test_weights_and_biases_are_uniform_within_one_over_root_fan_in():
-    make = lambda key: networks.init_policy(key, of_preset("official"), (13, 13, 7), 34, 21)
-    params = jax.jit(make)(jax.random.key(1))
-    layers = [params["base"]["view"], params["actor"]["hidden"], params["critic"]["hidden"]]
-    for layer in layers:
+    init = lambda key: Dense(300).init(key, jnp.zeros(256))["params"]
+    for layer in map(jax.jit(init), jax.random.split(jax.random.key(1), 3)):
         bound = layer["kernel"].shape[0] ** -0.5
+        assert bound == 1 / 16
         for x in layer.values():
             assert 0.95 * bound < np.abs(x).max() <= bound
-            # of 256 numbers the mean of |u| / bound has a standard error of 0.018
+            # of 300 numbers the mean of |u| / bound has a standard error of 0.017
             np.testing.assert_allclose(np.abs(x).mean(), bound / 2, rtol=0.15)
 
 
@@ -130,6 +130,16 @@ def test_actions_are_drawn_from_the_policy():
     np.testing.assert_allclose(
         np.bincount(drawn, minlength=3) / 20_000, [0.5, 0.3, 0.2], atol=0.011
     )
+
+
+def test_parameters_are_drawn_anew_for_each_part_and_each_key():
+    setting = small()
+    make = jax.jit(lambda key: networks.init_policy(key, setting, (1, 1, 2), 2, 2))
+    one, two, again = (make(jax.random.key(i)) for i in (0, 1, 0))
+    same = lambda a, b: [bool((x == y).all()) for x, y in zip(*map(jax.tree.leaves, (a, b)))]
+    assert all(same(one, again)) and not any(same(one, two))
+    towers = one["base"]["intra"], one["base"]["inter"]
+    assert not any(same(*towers))
 
 
 def test_attention_is_a_softmax_over_groups_with_members():

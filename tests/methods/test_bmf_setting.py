@@ -61,7 +61,7 @@ def test_a_number_out_of_range_is_refused_with_its_limit(name, value, text):
 
 
 def test_what_contradicts_itself_is_refused():
-    with pytest.raises(UserError, match="levels='intra' with mf_form='mixed'.*use 'bilevel'"):
+    with pytest.raises(UserError, match=r"levels='intra' with mf_form='mixed'.*use 'bilevel'"):
         Setting(mf_form="mixed", levels="intra")
     with pytest.raises(UserError, match="gamma=0 divides by 0"):
         Setting(gamma=0.0)
