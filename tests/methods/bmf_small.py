@@ -53,8 +53,8 @@ def episodes(setting: Setting, seed: int = 0) -> Trajectories:
     rng = np.random.default_rng(seed)
     shape = (STEPS, ENVS, AGENTS)
     death = rng.integers(2, 2 * STEPS, size=(ENVS, AGENTS))
-    death[0, :2] = 1, STEPS  # one dies in the second step, one lives
-    death[1, 2:] = 3  # two survivors: fewer than groups
+    death[0, :2] = 0, 2 * STEPS  # one dies in the first step, one lives
+    death[1] = [2 * STEPS] * 2 + [3] * (AGENTS - 2)  # two survivors: fewer than groups
     end = [STEPS, STEPS - 1]  # the second episode ends a step early
     t = np.arange(STEPS)[:, None, None]
     mask = (t <= death) & (t < np.array(end)[:, None])

@@ -52,14 +52,15 @@ def kmeans(
     centred = jnp.where(mask[:, None], points - centre, 0)
     limit = tolerance * (centred**2).sum() / (n * points.shape[1])
 
-    def start(key):
-        centroids = _lloyd(centred, mask, _seeds(centred, mask, groups, key), iterations, limit)
+    def start(noise):
+        centroids = _lloyd(centred, mask, _seeds(centred, mask, noise), iterations, limit)
         gap = _distances(centred, centroids)
         labels = gap.argmin(1)
         apart = ((centred - centroids[labels]) ** 2).sum(1)
         return labels, centroids, jnp.where(mask, apart, 0).sum()
 
-    labels, centroids, inertia = jax.vmap(start)(jax.random.split(key, restarts))
+    noise = jax.random.gumbel(key, (restarts, groups, len(points)))
+    labels, centroids, inertia = jax.vmap(start)(noise)
     best = inertia.argmin()
     labels = jnp.where(mask, labels[best], -1).astype(jnp.int32)
     return Clusters(labels, centroids[best] + centre, inertia[best])
@@ -72,23 +73,19 @@ def _distances(points, centroids):
     return jnp.maximum(squares - 2 * cross, 0)
 
 
-def _draw(key, weight):
-    """An index with probability proportional to weight."""
-    return jax.random.categorical(key, jnp.log(weight))
-
-
-def _seeds(points, mask, groups, key):
-    """k-means++: where all points are taken already, uniform over them."""
+def _seeds(points, mask, noise):
+    """k-means++ by Gumbel noise (g, a); where all points are taken already, uniform over them."""
     uniform = mask.astype(points.dtype)
 
     def next_one(k, carry):
         centroids, nearest = carry
         weight = jnp.where(mask, nearest, 0)
         weight = jnp.where((k > 0) & (weight.sum() > 0), weight, uniform)
-        new = points[_draw(jax.random.fold_in(key, k), weight)]
+        new = points[jnp.argmax(jnp.log(weight) + noise[k])]
         gap = ((points - new) ** 2).sum(1)
         return centroids.at[k].set(new), jnp.minimum(nearest, gap)
 
+    groups = noise.shape[0]
     start = jnp.zeros((groups, points.shape[1]), points.dtype), jnp.full(len(points), jnp.inf)
     return jax.lax.fori_loop(0, groups, next_one, start)[0]
 
