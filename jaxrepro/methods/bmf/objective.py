@@ -58,7 +58,7 @@ def returns(
     mask: Bool[Array, "t *b"],
     alive_after: Bool[Array, "t *b"],
     *,
-    gamma: float,
+    gamma: float | int,
     bootstrap: str,
 ) -> Float[Array, "t *b"]:
     """Discounted returns of each agent; 0 outside the mask.
@@ -147,7 +147,7 @@ def self_play(
     learner_reward: Float[Array, ""],
     opponent_reward: Float[Array, ""],
     *,
-    tau: float,
+    tau: float | int,
 ) -> Params:
     """The next opponent: (1 - tau) learner + tau opponent where the learner's total reward is the larger one.
 

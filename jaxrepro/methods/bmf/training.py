@@ -20,7 +20,7 @@ from jaxrepro.train.step import global_norm, make_step
 NOT_ZERO = 1e-6  # torch adds it to the norm that it clips by
 
 
-def clip_each(limit: float) -> optax.GradientTransformation:
+def clip_each(limit: float | int) -> optax.GradientTransformation:
     """Scales each top-level entry of a gradient by min(1, limit / (its norm + 1e-6)); limit 0: by 1."""
 
     def update(grads, state, params=None):
