@@ -98,9 +98,9 @@ def test_an_agent_left_out_of_its_mean_sees_the_others_of_its_group():
     "form, inter, alone",
     [
         ("mixed", "cosine", False),
-        ("mixed", "attention", True),
+        pytest.param("mixed", "attention", True, marks=pytest.mark.slow),
         ("bilevel", "attention", False),
-        ("bilevel", "cosine_positive", True),
+        pytest.param("bilevel", "cosine_positive", True, marks=pytest.mark.slow),
     ],
 )
 def test_one_group_is_the_mean_field_of_the_team_bit_for_bit(form, inter, alone):
@@ -136,14 +136,31 @@ SETTINGS = {
 }
 
 
+# the groups are made alike in these: only what is read of them differs
+LIKE = {"positive": "attention", "mf_ac": "mf_ac_plus"}
+slow = lambda *names: [pytest.param(n, marks=pytest.mark.slow) for n in names]
+NAMES = [
+    *slow("state", "observation", "random"),
+    "official",
+    "attention",
+    "positive",
+    "mf_ac_plus",
+    "mf_ac",
+    "ac",
+]
+
+
+def played(name):
+    return episodes(SETTINGS[LIKE.get(name, name)])
+
+
 def vectors_of(setting, batch):
     return inputs(params_of(setting)[0], setting, batch.groups)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_mean_fields_are_zero_at_first_and_distributions_over_actions_afterwards(name):
-    setting = SETTINGS[name]
-    batch = episodes(setting)
+    setting, batch = SETTINGS[name], played(name)
     mask = np.asarray(batch.mask)
     found = vectors_of(setting, batch)
     assert len(found) == {"ac": 0, "mf_ac": 1, "official": 1, "positive": 1}.get(name, 2)
@@ -152,18 +169,16 @@ def test_mean_fields_are_zero_at_first_and_distributions_over_actions_afterwards
         np.testing.assert_allclose(mu[1:].sum(-1)[mask[1:]], 1, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["attention", "mf_ac"])
 def test_the_state_after_the_last_step_serves_the_bootstrap(name):
-    setting = SETTINGS[name]
-    batch = episodes(setting)
+    setting, batch = SETTINGS[name], played(name)
     for mu in inputs(params_of(setting)[0], setting, batch.final_groups):
         living = np.asarray(batch.alive_after[-1])
         np.testing.assert_allclose(np.asarray(mu).sum(-1)[living], 1, atol=1e-4)
 
 
 def test_a_step_sees_the_actions_of_the_step_before():
-    setting = SETTINGS["mf_ac"]
-    batch = episodes(setting)
+    setting, batch = SETTINGS["mf_ac"], played("mf_ac")
     (mu,) = vectors_of(setting, batch)
     done = np.eye(ACTIONS)[np.asarray(batch.action)]
     for t in range(1, STEPS):
@@ -175,7 +190,7 @@ def test_a_step_sees_the_actions_of_the_step_before():
                 np.testing.assert_allclose(mu[t, e, i], right, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["official", "attention", "random"])
+@pytest.mark.parametrize("name", ["official", "attention", *slow("random")])
 def test_groups_are_kept_by_survivors_between_regroupings(name):
     batch = episodes(SETTINGS[name])
     labels = np.asarray(batch.groups.labels[:, 0])  # labels[t] were made at t - 1
@@ -188,6 +203,7 @@ def test_groups_are_kept_by_survivors_between_regroupings(name):
         assert (labels[t][~lived] == -1).all()
 
 
+@pytest.mark.slow
 def test_no_interval_groups_once():
     labels = np.asarray(episodes(SETTINGS["observation"]).groups.labels[:, 0])
     for t in range(2, STEPS):
@@ -241,8 +257,13 @@ def test_group_states_are_means_over_agents_alive_at_the_start_of_the_step():
         np.testing.assert_allclose(new.keys[k], mean[members].mean(0), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(new.actions[k], done[members].mean(0), rtol=1e-6)
     np.testing.assert_array_equal(new.count, [2, 1, 2])
-    state_of = SETTINGS["state"]
-    new = update(params_of(state_of)[1], state_of, before, 1, X, TAKEN, alive, KEY)
+
+
+@pytest.mark.slow
+def test_groups_may_be_compared_by_their_mean_observation():
+    setting = SETTINGS["state"]
+    before = state(labels=(0, 0, 1, 2, 2, 2, 0), groups_=3, keys=jnp.zeros((3, SIZE)))
+    new = update(params_of(setting)[1], setting, before, 1, X, TAKEN, ALIVE.at[0].set(False), KEY)
     np.testing.assert_allclose(new.keys[0], np.asarray(X)[[1, 6]].mean(0), rtol=1e-5, atol=1e-6)
 
 

@@ -132,6 +132,7 @@ def test_actions_are_drawn_from_the_policy():
     )
 
 
+@pytest.mark.slow
 def test_parameters_are_drawn_anew_for_each_part_and_each_key():
     setting = small()
     make = jax.jit(lambda key: networks.init_policy(key, setting, (1, 1, 2), 2, 2))

@@ -46,6 +46,7 @@ def test_metrics_are_means_over_agents_that_acted(state, updated):
     assert metrics["nonfinite"] == 0 and updated[0].step == 1
 
 
+@pytest.mark.slow
 def test_micro_batches_are_the_same_update(state, updated):
     batch = episodes(FIXED)
     split = update(state, FIXED, batch, micro_batches=ENVS)
@@ -53,6 +54,7 @@ def test_micro_batches_are_the_same_update(state, updated):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_equal_seeds_alone(state, updated):
     other = training.policy_state(params_of(FIXED, 1)[0], FIXED)
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), state, other)
@@ -76,6 +78,7 @@ def test_a_step_that_is_not_finite_leaves_the_policy_alone(state):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_the_rewarded_action_becomes_more_likely():
     """Episodes in which action 2 alone pays 1: its probability rises from 1/5 or so to above 1/2."""
     setting = small(lr=0.03, hidden=8)

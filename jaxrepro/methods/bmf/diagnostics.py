@@ -125,7 +125,7 @@ class _Critic(nn.Module):
 def aggregation_noise(
     key: PRNGKeyArray,
     observation: Float[Array, "n d"],
-    mean_fields: Mapping[str, Float[Array, "n ..."]],
+    mean_fields: Mapping[str, Array],
     target: Float[Array, "n"],
     *,
     test_share: float = 0.25,
