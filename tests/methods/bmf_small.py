@@ -20,15 +20,28 @@ def small(preset: str = "fixed", **changes) -> Setting:
 
 
 @functools.lru_cache
+def _policy(setting):
+    make = lambda key: networks.init_policy(key, setting, VIEW, FEATURES, ACTIONS)
+    return jax.eval_shape(make, jax.random.key(0))
+
+
+@functools.lru_cache
+def _vae(target):
+    make = lambda key: vae.init_vae(key, small(vae_target=target), SIZE, ACTIONS)
+    return jax.eval_shape(make, jax.random.key(0))
+
+
+@functools.lru_cache
 def params_of(setting: Setting, seed: int = 0):
     """(policy, VAE) parameters, drawn by numpy: to compile a draw for each leaf takes seconds."""
-    make = lambda key: (
-        networks.init_policy(key, setting, VIEW, FEATURES, ACTIONS),
-        vae.init_vae(key, setting, SIZE, ACTIONS),
-    )
+    shape = dict(mf_form=setting.mf_form, hidden=setting.hidden, inter="cosine")
+    if setting.algorithm in ("ac", "mf_ac"):
+        shape["algorithm"] = setting.algorithm
+    elif setting.attends:
+        shape |= dict(inter="attention", attention_key=setting.attention_key)
     rng = np.random.default_rng(seed)
     draw = lambda s: jnp.asarray(rng.uniform(-0.4, 0.4, s.shape), jnp.float32)
-    return jax.tree.map(draw, jax.eval_shape(make, jax.random.key(0)))
+    return jax.tree.map(draw, (_policy(small(**shape)), _vae(setting.vae_target)))
 
 
 def rolled(setting: Setting, vae_params, view, features, action, alive, key):

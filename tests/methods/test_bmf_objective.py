@@ -122,7 +122,10 @@ def test_the_loss_equals_the_formula_agent_by_agent(name):
     np.testing.assert_allclose(total, right, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+slow = [pytest.param(name, marks=pytest.mark.slow) for name in ("ac", "mf_ac")]
+
+
+@pytest.mark.parametrize("name", ["official", "fixed", *slow])
 def test_every_parameter_learns_from_finite_gradients(name):
     setting = SETTINGS[name]
     (total, _), g = slope(params_of(setting)[0], setting, episodes(setting))

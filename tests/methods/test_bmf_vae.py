@@ -79,9 +79,10 @@ def by_hand(setting, p):
     return loss
 
 
-@pytest.mark.parametrize("divide", [True, False])
-@pytest.mark.parametrize("reduction", ["official", "fixed"])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target, reduction, divide",
+    [(t, r, True) for t in TARGETS for r in ("official", "fixed")] + [(TARGETS[2], "fixed", False)],
+)
 def test_losses_equal_the_formulas(target, reduction, divide):
     setting = small(vae_target=target, vae_reduction=reduction, r2_divide_gamma=divide)
     p = params_of(setting)[1]
