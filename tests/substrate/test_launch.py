@@ -162,7 +162,9 @@ def test_a_missing_package_of_a_method_is_named(capsys, method):
 
 def test_out_of_device_memory_is_one_line():
     error = type("JaxRuntimeError", (RuntimeError,), {})
-    line = exits.repairable(error("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes."))
+    line = exits.repairable(
+        error("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.")
+    )
     assert "17179869184" in line and "--dry_run" in line
 
 

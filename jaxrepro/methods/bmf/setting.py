@@ -131,6 +131,12 @@ def of_preset(preset: str, **changes: Any) -> Setting:
     return Setting(**{"preset": preset, **PRESETS[preset], **changes})
 
 
+def options(preset: str) -> dict[str, Any]:
+    """What `config.bmf` may set, and its value in a preset: all fields but the preset and the algorithm."""
+    found = dataclasses.asdict(of_preset(preset))
+    return {k: v for k, v in found.items() if k not in ("preset", "algorithm")}
+
+
 def _whole(name, value, low, remedy=""):
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise UserError(f"{name}={value!r}; use a whole number from {low} up{remedy}")

@@ -1,0 +1,106 @@
+"""Does the VAE keep its latents? Its official loss and the repaired one on observations of real battles.
+
+The official code averages the squared error over all numbers and adds the KL up over the batch: the KL weighs as many
+times more as the batch has numbers, and the posterior becomes the prior. Groups of its samples are then random. Both
+losses are trained here on the same 960 observations of 20 x 20 battles, with the official network, `steps` full-batch
+updates each; agents rush at the enemy in 60 % of their actions and act at random in the others, or always at random.
+
+    collapse/<loss>/<data>/kl_per_dim, active_units, variance, spread, reconstruction     `vae.monitor`
+    collapse/<loss>/<data>/agreement    adjusted Rand index of two groupings of the same agents, each as the preset
+                                        clusters (samples, or means), with other random numbers: 0 = groups are chance
+"""
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrepro.envs import battle_policies
+from jaxrepro.envs.battle import OFFICIAL, Battle
+from jaxrepro.methods.bmf import diagnostics, groups, networks, training, vae
+from jaxrepro.methods.bmf.kmeans import kmeans
+from jaxrepro.methods.bmf.setting import of_preset
+from jaxrepro.methods.bmf.vae import VAEBatch
+
+STEPS = 40  # of the battle: with 24 agents 960 observations
+RUSHING = {"rush": 0.6, "random": 0.0}  # data -> share of actions
+LOSSES = {  # the input is the same, the observation alone
+    "official": of_preset("official", vae_lr=1e-3),
+    "fixed": of_preset("fixed", vae_target="state", vae_lr=1e-3),
+}
+
+
+def study(steps: int, *, seed: int = 0) -> dict[str, float]:
+    """What is left of the latents after `steps` updates; keys as above."""
+    keys = jax.random.split(jax.random.key(seed), 2)
+    results = {}
+    for data, share in RUSHING.items():
+        x = observations(share, keys[0])
+        for loss in LOSSES:
+            found = _program(loss, steps)(x, keys[1])
+            results |= {f"collapse/{loss}/{data}/{k}": float(v) for k, v in found.items()}
+    return results
+
+
+def observations(share: float, key: Any) -> Any:
+    """(40, 24, 1217): what all agents see in a battle in which each action is a rush with chance `share`."""
+    return _record(jnp.float32(share), key)
+
+
+@jax.jit
+def _record(share: Any, key: Any) -> Any:
+    env = Battle(20)
+    setting = LOSSES["fixed"]
+    begin, play = jax.random.split(key)
+    obs, state = env.reset(begin, OFFICIAL)
+
+    def step(carry, key):
+        obs, state = carry
+        keys = jax.random.split(key, 6)
+        actions = {}
+        for i, team in enumerate(env.teams):
+            rush = battle_policies.rush(env, team)(keys[2 * i], obs, state)
+            other = battle_policies.random(env, team)(keys[2 * i + 1], obs, state)
+            coin = jax.random.uniform(jax.random.fold_in(keys[4], i), rush.shape)
+            actions[team] = jnp.where(coin < share, rush, other)
+        new, state, *_ = env.step_env(keys[5], state, actions, OFFICIAL)
+        x = {team: networks.observation(setting, *obs[team]) for team in env.teams}
+        return (new, state), env.join(x)
+
+    return jax.lax.scan(step, (obs, state), jax.random.split(play, STEPS))[1]
+
+
+@cache
+def _program(loss: str, steps: int):
+    return jax.jit(partial(_train, loss, steps))
+
+
+def _train(loss: str, steps: int, x: Any, key: Any) -> dict[str, Any]:
+    setting, rows = LOSSES[loss], x.reshape(-1, x.shape[-1])
+    zero = jnp.zeros(len(rows))
+    batch = VAEBatch(rows, zero.astype(jnp.int32), zero, zero, jnp.ones(len(rows), bool))
+    begin, learn, last, group = jax.random.split(key, 4)
+    state = training.vae_state(vae.init_vae(begin, setting, x.shape[-1], 21), setting)
+
+    def step(state, key):
+        return training.update_vae(state, setting, batch, key)[0], None
+
+    params = jax.lax.scan(step, state, jax.random.split(learn, steps))[0].params
+    seen = vae.vae_loss(params, setting, batch, last)[1]
+    names = "kl_per_dim", "active_units", "variance", "spread", "reconstruction"
+    same = jax.vmap(partial(_agreement, params, setting))(x, jax.random.split(group, len(x)))
+    return {name: seen[name] for name in names} | {"agreement": same.mean()}
+
+
+def _agreement(params, setting, x, key):
+    """Two groupings of one step's agents."""
+    everyone, nothing = jnp.ones(len(x), bool), jnp.zeros(len(x), jnp.int32)
+
+    def grouping(key):
+        draw, start = jax.random.split(key)
+        z = groups.latents(params, setting, x, nothing, draw)
+        return kmeans(z, everyone, setting.groups, start).labels
+
+    first, second = map(grouping, jax.random.split(key))
+    return diagnostics.adjusted_rand(first, second, setting.groups)

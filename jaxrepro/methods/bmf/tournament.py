@@ -1,0 +1,187 @@
+"""Trained teams against each other: `python -m jaxrepro.methods.bmf.tournament RUN RUN ...`
+
+RUN is the workdir of a finished run (its last policy), or one of the names random, rush. Every pair plays --games games,
+half of them with sides swapped; runs of one algorithm and preset are one entry, whose seeds each play. A row of the table
+is an entry's share of points against the column, with the 95 % interval (Wilson over games: it speaks of these trained
+teams; the spread over seeds is printed beside it). Kills, ties and the share of attacks show whether anybody fights.
+"""
+
+import argparse
+from collections.abc import Sequence
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxrepro import config as configuration
+from jaxrepro import files, stats
+from jaxrepro.config import UserError
+from jaxrepro.exits import guard
+from jaxrepro.methods.bmf import arena, build, evaluation, run
+from jaxrepro.methods.bmf.arena import Tally
+from jaxrepro.methods.bmf.rollout import SCRIPTS, Game, Learnt
+
+
+class Team(NamedTuple):
+    """A seed of an entry."""
+
+    entry: str
+    name: str  # of the workdir, and the seed
+    player: Any  # Setting, or a script's name
+    learnt: Learnt | None
+    game: Any  # (environment, rewards and horizon); None of a script
+
+
+def load(source: str) -> list[Team]:
+    """The teams of a workdir, one a seed; a script's name is a team. UserError for what is neither."""
+    if source in SCRIPTS:
+        return [Team(source, source, source, None, None)]
+    path = Path(source)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{source} is no workdir of a run, nor one of {', '.join(SCRIPTS)}")
+    config = configuration.saved(path / "config.json")
+    if config.method != "bmf":
+        raise UserError(f"{source} is a run of {config.method}, not of bmf")
+    with config.unlocked():
+        config.mesh = (1, 1, 1, 1)
+    s, params = run.trained(config, path)
+    entry = config.algorithm + ("" if config.preset == "fixed" else f" ({config.preset})")
+    where = build.environment(config, side="left"), s.plan.game.params
+    return [
+        Team(entry, f"{path.name}#{seed}", s.plan.setting, evaluation.learnt(params, k), where)
+        for k, seed in enumerate(s.seeds)
+    ]
+
+
+def rules(teams: Sequence[Team]) -> tuple[Any, Any]:
+    """The environment and the rewards that all teams were trained on; UserError where they differ."""
+    found = [(team.name, team.game) for team in teams if team.game is not None]
+    if not found:
+        raise UserError("only scripts are to play; name a workdir, which says on what map")
+    for name, game in found[1:]:
+        if game != found[0][1]:
+            raise UserError(
+                f"{name} was trained on another map, horizon or other rewards than {found[0][0]}; let runs of the same "
+                "environment play"
+            )
+    return found[0][1]
+
+
+def tournament(
+    teams: Sequence[Team], *, games: int, seed: int = 0, say: Any = print
+) -> dict[tuple[str, str], list[Tally]]:
+    """The tallies of every pair of entries, (first, second) -> one for each pair of their teams, in both orders."""
+    env, params = rules(teams)
+    entries: dict[str, list[Team]] = {}
+    for team in teams:
+        entries.setdefault(team.entry, []).append(team)
+    if len(entries) < 2:
+        raise UserError(f"all runs are {', '.join(entries)}; two entries or more are needed")
+    found = {}
+    for (a, mine), (b, theirs) in combinations(entries.items(), 2):
+        tallies = []
+        for i, (x, y) in enumerate(product(mine, theirs)):
+            where = Game(env, params, (x.player, y.player))
+            learnt = x.learnt, y.learnt
+            each = jax.random.fold_in(jax.random.key(seed), i)
+            tallies.append(
+                arena.play(
+                    where,
+                    learnt,
+                    n=games,
+                    steps=params.horizon,
+                    seed=int(jax.random.bits(each) >> 1),
+                )
+            )
+        found[a, b] = tallies
+        found[b, a] = [tally.other() for tally in tallies]
+        say(f"{a} against {b}: {len(tallies)} pairs of teams, {games} games each")
+    return found
+
+
+def numbers(found: dict[tuple[str, str], list[Tally]], tie: str) -> dict[str, dict[str, float]]:
+    """{"a/b": arena.numbers of all games, and points_lo_teams, points_hi_teams: Student t over pairs of teams}."""
+    results = {}
+    for (a, b), tallies in found.items():
+        row = arena.numbers(arena.join(tallies), tie)
+        spread = stats.student_t([float(t.points(tie).mean()) for t in tallies])
+        row |= {"teams": float(len(tallies))}
+        if spread.resolved:
+            row |= {"points_lo_teams": spread.lo, "points_hi_teams": spread.hi}
+        results[f"{a}/{b}"] = row
+    return results
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Markdown: points of rows against columns, then fights."""
+    names = list(dict.fromkeys(key.split("/")[0] for key in results))
+    lines = [
+        "| points of row against column | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for a in names:
+        cells = []
+        for b in names:
+            row = results.get(f"{a}/{b}")
+            cells.append(
+                ""
+                if row is None
+                else f"{row['points']:.2f} [{row['points_lo']:.2f}, {row['points_hi']:.2f}]"
+            )
+        lines.append(f"| {a} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| pair | games | kills | ties | attacks of actions | points over pairs of teams |",
+        "|---" * 6 + "|",
+    ]
+    for key, row in results.items():
+        if "attack_rate" not in row:
+            continue
+        a, b = key.split("/")
+        spread = "one pair"
+        if "points_lo_teams" in row:
+            spread = (
+                f"{row['points']:.2f} [{row['points_lo_teams']:.2f}, {row['points_hi_teams']:.2f}]"
+            )
+        lines.append(
+            f"| {a} : {b} | {row['n']:.0f} | {row['kills']:.1f} : {row['losses']:.1f} | {row['tie']:.0%} | "
+            f"{row['attack_rate']:.0%} | {spread} |"
+        )
+    return "\n".join(lines)
+
+
+def command(argv: Sequence[str]) -> None:
+    """Play the tournament that the words ask for, and print its table."""
+    p = argparse.ArgumentParser(prog="tournament", description=__doc__.split("\n\n")[0])
+    p.add_argument("runs", nargs="+", metavar="RUN", help="a workdir, random or rush")
+    p.add_argument(
+        "--games", type=int, default=100, help="of each pair of teams (default: %(default)s)"
+    )
+    p.add_argument(
+        "--tie", choices=arena.TIES, default="half", help="what a tie counts (default: %(default)s)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the games (default: %(default)s)")
+    p.add_argument("--json", type=Path, help="where to write all numbers")
+    flags = p.parse_args(argv)
+    teams = [team for source in flags.runs for team in load(source)]
+    results = numbers(tournament(teams, games=flags.games, seed=flags.seed), flags.tie)
+    print("\n" + table(results))
+    if flags.json:
+        teams_of = {
+            name: [t.name for t in teams if t.entry == name]
+            for name in dict.fromkeys(t.entry for t in teams)
+        }
+        files.write_json(
+            flags.json,
+            {"teams": teams_of, "games": flags.games, "tie": flags.tie, "pairs": results},
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command."""
+    return guard(command, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
