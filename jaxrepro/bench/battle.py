@@ -4,6 +4,7 @@ A step is the whole of it: attacks, moves, rewards, the observation and the feat
 where one ends. All take the same random actions, drawn beforehand, from a fresh start, so that nearly all agents live;
 the peers would have less to do as agents die. Ours steps many worlds at once, the peers one after another, as they are
 made; their time is scaled to our number of steps. MAgent2 runs on CPUs alone, with the threads that OpenMP gives it.
+Beside that a whole training update of BMF, one seed and five at once.
 
 Goals are ours, set before anything was measured.
 """
@@ -14,7 +15,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxrepro.bench import harness
+from jaxrepro.bench import _bmf_update, harness
 
 ENGINE, PETTINGZOO = "magent2, C++ engine", "magent2, PettingZoo"
 OURS = "jaxrepro"
@@ -23,6 +24,8 @@ SHAPES = {
     "gpu": {"map_size": 40, "worlds": 4096, "steps": 50, "peer": {ENGINE: 300, PETTINGZOO: 60}},
     "trial": {"map_size": 12, "worlds": 2, "steps": 3, "peer": {ENGINE: 4, PETTINGZOO: 3}},
 }
+for _name, _update in _bmf_update.SHAPES.items():
+    SHAPES[_name]["update"] = _update
 GPU_SHAPE = "gpu"
 ROUNDS = 10
 # at least so many times as fast, on a device
@@ -114,4 +117,7 @@ def bench(shape: Mapping[str, Any], rounds: int) -> harness.Report:
         if peer:
             ratios[peer] = next(c["ratio"]["median"] for c in group["cases"] if c["case"] == OURS)
     notes += verdicts(ratios, jax.default_backend())
+    update, lines = _bmf_update.measure(shape["update"], max(rounds // 3, 1), jax.default_backend())
+    groups.append(update)
+    notes += lines
     return harness.Report(groups, notes, ("magent2", "pettingzoo") if ratios else ())

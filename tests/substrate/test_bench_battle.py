@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 
-from jaxrepro.bench import battle, harness
+from jaxrepro.bench import _bmf_update, battle, harness
 
 
 def test_goals_are_judged_on_their_device_alone():
@@ -23,8 +23,12 @@ def test_goals_are_judged_on_their_device_alone():
 def test_without_the_peers_ours_runs_alone_and_says_so(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     report = battle.bench(battle.SHAPES["trial"], 1)
-    (group,) = report.groups
+    group, update = report.groups
     assert [c["case"] for c in group["cases"]] == [battle.OURS] and group["peer"] == "-"
+    assert [c["case"] for c in update["cases"]] == [_bmf_update.ONE, _bmf_update.MANY]
+    one, many = (c["seconds"][0] for c in update["cases"])  # a seed's share of the time
+    (line,) = (x for x in report.notes if "seeds at once" in x)
+    assert f"not measured ({many / one:.2f} on this cpu)" in line
     assert battle.MISSING in report.notes and report.packages == ()
     (case,) = group["cases"]
     # 2 worlds, 3 steps, 2 v 2
@@ -51,7 +55,7 @@ def test_the_peers_take_the_steps_that_their_time_is_scaled_from(monkeypatch):
     fixed = lambda cases, rounds: {n: harness.Timing(1.0, (2.0,)) for n in cases}
     monkeypatch.setattr(harness, "interleave", fixed)
     report = battle.bench(battle.SHAPES["trial"], 1)
-    first, second = report.groups
+    first, second, _ = report.groups
     # ours makes 6 steps of a world, the engine 4 and PettingZoo 3, all in 2 s
     ratios = [g["cases"][0]["ratio"]["median"] for g in (first, second)]
     assert ratios == [1.5, 2.0] and report.packages == ("magent2", "pettingzoo")

@@ -1,0 +1,140 @@
+"""Games that are counted: sides, ties, intervals; tournaments of trained teams; the studies of types and of collapse."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from jaxrepro.config import UserError
+from jaxrepro.envs.battle import OFFICIAL, Battle
+from jaxrepro.methods.bmf import arena, collapse, run, tournament, typed
+from jaxrepro.methods.bmf.arena import Tally
+from jaxrepro.methods.bmf.rollout import Game
+
+sys.path.insert(0, str(Path(__file__).parent))
+import bmf_tiny as tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(tmp_path_factory):
+    with tiny.small(tmp_path_factory.mktemp("programs")):
+        yield
+
+
+def tally(kills, losses):
+    kills, losses = np.array(kills), np.array(losses)
+    ones = np.ones(len(kills))
+    return Tally(kills, losses, 2 * ones, 3 * ones, 4 * ones, 5 * ones)
+
+
+def test_shares_are_counts_and_their_intervals_are_scipys():
+    found = arena.numbers(tally([3, 1, 2, 0, 5, 1], [1, 1, 4, 0, 0, 0]))
+    counts = {"win": 3, "points": 4, "tie": 2}  # points: three games won, two ties
+    for name, count in counts.items():
+        interval = binomtest(count, 6).proportion_ci(method="wilson")
+        assert found[name] == pytest.approx(count / 6)
+        assert (found[f"{name}_lo"], found[f"{name}_hi"]) == pytest.approx(tuple(interval))
+    assert found["margin"] == pytest.approx(1.0) and found["kills"] == 2 and found["losses"] == 1
+    assert found["attack_rate"] == 0.75 and found["return"] == 2 and found["n"] == 6
+
+
+def test_ties_count_half_or_as_a_win_of_both():
+    one = tally([1, 0, 0], [1, 0, 2])
+    assert one.points("half").sum() + one.other().points("half").sum() == 3
+    assert one.points("both").sum() + one.other().points("both").sum() == 5
+    np.testing.assert_array_equal(one.other().wins, [False, False, True])
+    assert "attack_rate" not in arena.numbers(one.other())
+
+
+def test_a_rush_beats_random_play_from_both_sides():
+    env = Battle(14)
+    game = Game(env, OFFICIAL.replace(horizon=80), ("rush", "random"))
+    found = arena.play(game, (None, None), n=16, steps=80)
+    assert found.wins[:8].mean() > 0.8 and found.wins[8:].mean() > 0.8
+    lost = arena.play(game.swapped(), (None, None), n=16, steps=80)
+    assert lost.wins.mean() < 0.2
+    assert (found.steps <= 80).all() and (found.acted > 0).all()
+
+
+def test_an_odd_number_of_games_is_refused():
+    game = Game(Battle(12), OFFICIAL, ("rush", "random"))
+    with pytest.raises(UserError, match="3 games cannot be played equally often from both sides"):
+        arena.play(game, (None, None), n=3, steps=5)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two algorithms without groups, the first with two seeds."""
+    folder = tmp_path_factory.mktemp("runs")
+    run.run(tiny.config(algorithm="ac", seeds=2, steps=1), folder / "plain")
+    run.run(tiny.config(algorithm="mf_ac_plus", steps=1), folder / "mean")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_tournament_plays_every_pair_of_teams_and_writes_it(runs, tmp_path, capsys):
+    words = [str(runs / "plain"), str(runs / "mean"), "rush", "--games=4"]
+    assert tournament.main([*words, f"--json={tmp_path / 'out.json'}"]) == 0
+    out = capsys.readouterr().out
+    assert "ac against mf_ac_plus: 2 pairs of teams, 4 games each" in out
+    assert "| rush |" in out and "| ac : rush |" in out
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["teams"] == {
+        "ac": ["plain#0", "plain#1"],
+        "mf_ac_plus": ["mean#0"],
+        "rush": ["rush"],
+    }
+    pairs = found["pairs"]
+    assert len(pairs) == 6 and pairs["ac/rush"]["n"] == 8 and pairs["ac/rush"]["teams"] == 2
+    for a, b in (("ac", "rush"), ("ac", "mf_ac_plus"), ("mf_ac_plus", "rush")):
+        one, other = pairs[f"{a}/{b}"], pairs[f"{b}/{a}"]
+        assert one["points"] + other["points"] == pytest.approx(1)
+        assert (one["kills"], one["losses"]) == (other["losses"], other["kills"])
+    assert pairs["rush/ac"]["kills"] >= pairs["ac/rush"]["kills"]
+
+
+@pytest.mark.slow
+def test_teams_of_different_maps_do_not_play(runs, tmp_path, capsys):
+    run.run(tiny.config(algorithm="ac", steps=1, env__map_size=12), tmp_path / "other")
+    assert tournament.main([str(runs / "plain"), str(tmp_path / "other")]) == 2
+    assert "other#0 was trained on another map" in capsys.readouterr().err
+    assert tournament.main([str(runs / "plain"), str(runs / "plain")]) == 2
+    assert "two entries or more are needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere", "rush"], "nowhere is no workdir of a run, nor one of random, rush"),
+        (["random", "rush"], "only scripts are to play; name a workdir"),
+    ],
+)
+def test_what_cannot_play_is_one_line(words, message, capsys):
+    assert tournament.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_critics_reach_their_closed_forms_on_hidden_types():
+    """0.75 sigma^2 + sigma_n^2 = 1 and sigma_n^2 = 0.25, by hand; random groups by the shares of their members."""
+    found = typed.draw(7)
+    assert found["mf/error"] == pytest.approx(1.0, rel=0.1)
+    assert found["none/error"] == pytest.approx(1.25, rel=0.1)
+    assert found["bilevel/error"] < 1.15 * 0.25 and found["true/error"] < 1.15 * 0.25
+    assert found["random/ratio"] == pytest.approx(1.0, rel=0.15)
+    assert found["random/error"] > 3 * found["bilevel/error"]
+    assert found["ari"] > 0.9
+
+
+@pytest.mark.slow
+def test_the_official_loss_leaves_groups_to_chance_on_battles():
+    found = collapse.study(250)
+    assert found["collapse/official/rush/kl_per_dim"] < 1e-3
+    assert found["collapse/official/rush/active_units"] == 0
+    assert abs(found["collapse/official/rush/agreement"]) < 0.1
+    assert found["collapse/fixed/rush/agreement"] > 0.5
+    assert found["collapse/fixed/rush/kl_per_dim"] > 5e-3
+    assert found["collapse/fixed/random/active_units"] > 16
