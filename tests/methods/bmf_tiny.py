@@ -29,7 +29,7 @@ SETTINGS = {
     "vae.batch": 16,
     "vae.replay": 32,
     "eval.n": 4,
-    "eval.opponents": ("random",),
+    "eval.opponents": (),  # itself
     "checkpoint.every": 1,
     "checkpoint.keep": 3,
     "log.tensorboard": False,

@@ -110,6 +110,7 @@ def test_sides_alternate_by_the_number_of_the_game():
     assert left == [True, False, True, False]
 
 
+@pytest.mark.slow
 def test_one_group_in_the_mixed_form_plays_as_the_mean_field_of_the_team_bit_for_bit():
     changes = dict(bmf__groups=1, bmf__mf_form="mixed", bmf__inter="cosine")
     grouped, plain = tiny.parts(**changes), tiny.parts(algorithm="mf_ac_plus", **changes)

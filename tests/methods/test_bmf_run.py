@@ -36,6 +36,35 @@ def finished(tmp_path_factory):
     return folder, run.run(tiny.config(), folder)
 
 
+def cut(monkeypatch, config, folder, stage):
+    """A run that is stopped after the first step of a stage, and goes on."""
+    save = run.Run.save
+
+    def once(self, i, state, **more):
+        save(self, i, state, **more)
+        if self.stage == stage and i == 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "save", once)
+        with pytest.raises(KeyboardInterrupt):
+            run.run(config, folder)
+    return run.run(config, folder)
+
+
+def test_a_run_without_groups_has_one_stage_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    config = tiny.config(algorithm="ac")
+    results = run.run(config, tmp_path / "whole")
+    assert {row["stage"] for row in metrics(tmp_path / "whole")} == {POLICY}
+    assert results["test/self/n"] == 4 and "test/vae/kl_per_dim" not in results
+    with Image.open(tmp_path / "whole" / "films" / "self.gif") as gif:
+        assert 1 < gif.n_frames <= 9
+    assert cut(monkeypatch, config, tmp_path / "cut", POLICY) == results
+    a, b = (run.trained(config, tmp_path / name)[1]["policy"] for name in ("whole", "cut"))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -60,13 +89,13 @@ def saved(folder, stage, step):
         return jax.device_get(found.restore(target, step))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_numbers_a_film_and_both_stages(finished):
     folder, results = finished
     assert json.loads((folder / "summary.json").read_text()) == results
-    for who in ("random", "self"):
-        for name in ("win", "win_lo", "kills", "losses", "tie", "attack_rate", "margin"):
-            assert np.isfinite(results[f"test/{who}/{name}"])
-        assert results[f"test/{who}/n"] == 4
+    for name in ("win", "win_lo", "kills", "losses", "tie", "attack_rate", "margin"):
+        assert np.isfinite(results[f"test/self/{name}"])
+    assert results["test/self/n"] == 4
     for name in ("vae/kl_per_dim", "vae/active_units", "groups/ari_position", "groups/silhouette"):
         assert np.isfinite(results[f"test/{name}"])
     stages = [row["stage"] for row in metrics(folder)]
@@ -75,6 +104,7 @@ def test_a_run_leaves_its_numbers_a_film_and_both_stages(finished):
         assert 1 < gif.n_frames <= 9
 
 
+@pytest.mark.slow
 def test_the_vae_learns_in_its_stage_and_is_frozen_afterwards(finished):
     folder, _ = finished
     early, late = (saved(folder, VAE, i).params for i in (1, 2))
@@ -84,6 +114,7 @@ def test_the_vae_learns_in_its_stage_and_is_frozen_afterwards(finished):
     assert same(late, after)
 
 
+@pytest.mark.slow
 def test_the_policy_goes_on_from_the_stage_of_the_vae(finished):
     folder, _ = finished
     s = tiny.parts()
@@ -102,22 +133,11 @@ def test_the_policy_goes_on_from_the_stage_of_the_vae(finished):
     assert [int(x) for leaf in steps for x in leaf] == [4], "Adam counts both stages"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [VAE, POLICY])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(finished, tmp_path, monkeypatch, stage):
     folder, results = finished
-    stop = lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
-    save = run.Run.save
-
-    def once(self, i, state, **more):
-        save(self, i, state, **more)
-        if self.stage == stage and i == 0:
-            stop()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.Run, "save", once)
-        with pytest.raises(KeyboardInterrupt):
-            run.run(tiny.config(), tmp_path / "cut")
-    assert run.run(tiny.config(), tmp_path / "cut") == results
+    assert cut(monkeypatch, tiny.config(), tmp_path / "cut", stage) == results
     a, b = (saved(f, POLICY, 2) for f in (folder, tmp_path / "cut"))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -125,6 +145,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(finished, tmp_path, monkeypa
     assert times(metrics(folder)) == times(metrics(tmp_path / "cut"))
 
 
+@pytest.mark.slow
 def test_init_from_gives_the_vae_and_a_new_policy(finished, tmp_path):
     folder, _ = finished
     config = tiny.config(init_from=str(folder), steps=1)
@@ -142,6 +163,7 @@ def test_init_from_gives_the_vae_and_a_new_policy(finished, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_evaluate_and_sample_use_what_was_trained(finished, capsys):
     folder, results = finished
     again = run.evaluate(tiny.config(), folder)
@@ -212,15 +234,22 @@ def test_every_algorithm_runs_to_its_end(tmp_path, changes):
     assert ("test/vae/kl_per_dim" in results) == grouped
 
 
-def test_the_official_opponent_keeps_a_vae_that_never_learns():
+def test_the_official_opponent_keeps_a_vae_of_its_own():
     s = tiny.parts(preset="official", **{"vae.batch": 0, "vae.updates": 1})
-    begun = learning.begin_vae(s.plan, jax.random.key(0))
-    assert begun["extra"]["replay"] is None
-    own, other = begun["params"], begun["extra"]["opponent_vae"]
-    different = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (own, other)))]
-    assert any(different)
-    shared = learning.begin_vae(tiny.parts().plan, jax.random.key(0))
-    assert shared["extra"]["opponent_vae"] is None
+    begin = lambda s: jax.eval_shape(partial(learning.begin_vae, s.plan), jax.random.key(0))
+    made = begin(s)
+    assert made["extra"]["replay"] is None
+    assert jax.tree.map(lambda x: x.shape, made["extra"]["opponent_vae"]) == jax.tree.map(
+        lambda x: x.shape, made["params"]
+    )
+    after = learning.begin_policy(
+        s.plan,
+        jax.random.key(0),
+        1.0,
+        dict(policy=2.0, policy_opt=3.0, opponent=4.0, opponent_vae=5.0),
+    )
+    assert after["extra"] == {"opponent": 4.0, "opponent_vae": 5.0}
+    assert begin(tiny.parts())["extra"]["opponent_vae"] is None
 
 
 def test_the_buffer_is_a_ring_of_living_agents():
@@ -281,13 +310,21 @@ def test_an_unknown_preset_is_exit_code_2(capsys):
     assert "preset='best' is not one of official, fixed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_vae_of_other_observations_is_refused_by_name(finished, tmp_path):
     folder, _ = finished
     with pytest.raises(UserError, match=r"1,1238\] there and float32\[1,1217\] here"):
         run.run(tiny.config(init_from=str(folder), **{"bmf.vae_target": "state"}), tmp_path / "run")
 
 
-@pytest.mark.parametrize("size", ["tiny", "gpu", "paper"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        "tiny",
+        pytest.param("gpu", marks=pytest.mark.slow),
+        pytest.param("paper", marks=pytest.mark.slow),
+    ],
+)
 def test_a_dry_run_tells_the_shapes_of_every_size(size, capsys):
     assert cli.guard(launch.main, [f"--config=configs/bmf.py:{size}", "--dry_run"]) == 0
     out = capsys.readouterr().out

@@ -22,6 +22,7 @@ def test_goals_are_judged_on_their_device_alone():
 
 def test_without_the_peers_ours_runs_alone_and_says_so(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_bmf_update, "update", lambda shape, seeds: lambda: None)
     report = battle.bench(battle.SHAPES["trial"], 1)
     group, update = report.groups
     assert [c["case"] for c in group["cases"]] == [battle.OURS] and group["peer"] == "-"
@@ -42,6 +43,14 @@ def test_every_step_is_observed_and_paid():
     assert (np.asarray(state.env.t) == 3).all()
     assert reward.shape == (3,) and (np.asarray(reward) < 0).all()
     assert (np.asarray(obs["red"].features[..., 10:31]).sum(-1) == 1).all()  # the last action
+
+
+@pytest.mark.slow
+def test_an_update_of_many_seeds_is_that_of_each():
+    many = _bmf_update.update(_bmf_update.SHAPES["trial"], 2)()
+    state, metrics = many
+    assert metrics["loss"].shape == (2,) and np.isfinite(np.asarray(metrics["loss"])).all()
+    assert not np.array_equal(*np.asarray(state["params"]["policy"]["actor"]["logits"]["bias"]))
 
 
 @pytest.mark.oracle
