@@ -74,6 +74,7 @@ def test_groups_that_are_places_or_health_are_recognised():
     assert all(x.shape == () for x in found.values())
 
 
+@pytest.mark.slow
 def test_aggregation_noise_is_what_the_mean_field_hides():
     """Four types with m_k ~ N(0, 1), a reward of m_k + N(0, 0.3^2): nothing known leaves 1.09 (the observation says the
     type, whose m_k has mean 0), the mean of all 1 - 1/4 + 0.09 = 0.84, the group's own mean 0.09."""

@@ -149,6 +149,7 @@ def scenes(n, size, seed=0):
     return jnp.asarray(place @ waves > 0.5, jnp.float32)
 
 
+@pytest.mark.slow
 def test_the_official_reduction_collapses_and_the_fixed_one_does_not():
     """256 binary scenes of 60 entries, 250 steps: bounds of the specification, on synthetic scenes."""
     x = scenes(256, 60)

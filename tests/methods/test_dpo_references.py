@@ -46,6 +46,7 @@ class Said(Run):
     "names",
     [("sigmoid", "mallows"), pytest.param(("mallows", "sigmoid"), marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_losses_that_need_other_numbers_do_not_share_a_file(names, small, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     said = Said()
@@ -122,6 +123,7 @@ def test_a_run_is_held_to_the_reference_that_it_names(kind, trained, tmp_path):
     assert first["loss"] == pytest.approx(want, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_start_itself_as_reference_is_no_other_reference(trained, tmp_path):
     run.run(settings(init_from=trained, reference__init_from=trained, reference__kind="live"), tmp_path)  # fmt: skip
     first, second = logged(tmp_path)

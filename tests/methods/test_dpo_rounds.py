@@ -120,6 +120,7 @@ def prepared():
     return setting.prepare(c)
 
 
+@pytest.mark.slow
 def test_ipo_md_draws_both_responses_from_the_mixture(prepared):
     s = prepared
     first, second = (policy.initial(s.policy, settings(seed=seed)) for seed in (0, 1))

@@ -61,6 +61,7 @@ def logged(folder, stage):
     return [x for x in lines if x["stage"] == stage]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_pairs_samples_and_their_change(finished):
     folder, results = finished
     assert results["before/test/accuracy"] == 0.5 and results["before/test/kl"] == pytest.approx(0, abs=1e-4)  # fmt: skip

@@ -55,7 +55,7 @@ def test_teams_are_joined_in_their_own_order_also_inside_jit():
     assert env.num_agents == 5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 2))
 def test_split_undoes_join_of_any_tree_on_any_axis(sizes, axis):
     env = Teams({f"team_{9 - i}": n for i, n in enumerate(sizes)})
