@@ -2,8 +2,8 @@
 
 The official code averages the squared error over all numbers and adds the KL up over the batch: the KL weighs as many
 times more as the batch has numbers, and the posterior becomes the prior. Groups of its samples are then random. Both
-losses are trained here on the same 960 observations of 20 x 20 battles, with the official network, `steps` full-batch
-updates each; agents rush at the enemy in 60 % of their actions and act at random in the others, or always at random.
+losses are trained here on the same observations, at most 960, of 20 x 20 battles, with 128 hidden units, `steps` full-batch updates
+each; agents rush at the enemy in 60 % of their actions and act at random in the others, or always at random.
 
     collapse/<loss>/<data>/kl_per_dim, active_units, variance, spread, reconstruction     `vae.monitor`
     collapse/<loss>/<data>/agreement    adjusted Rand index of two groupings of the same agents, each as the preset
@@ -23,11 +23,12 @@ from jaxrepro.methods.bmf.kmeans import kmeans
 from jaxrepro.methods.bmf.setting import of_preset
 from jaxrepro.methods.bmf.vae import VAEBatch
 
-STEPS = 40  # of the battle: with 24 agents 960 observations
+HIDDEN = 128
+STEPS = 40  # of the battle: with 24 agents at most 960 observations of the living
 RUSHING = {"rush": 0.6, "random": 0.0}  # data -> share of actions
 LOSSES = {  # the input is the same, the observation alone
-    "official": of_preset("official", vae_lr=1e-3),
-    "fixed": of_preset("fixed", vae_target="state", vae_lr=1e-3),
+    "official": of_preset("official", vae_hidden=HIDDEN, vae_lr=1e-3),
+    "fixed": of_preset("fixed", vae_target="state", vae_hidden=HIDDEN, vae_lr=1e-3),
 }
 
 
@@ -36,15 +37,15 @@ def study(steps: int, *, seed: int = 0) -> dict[str, float]:
     keys = jax.random.split(jax.random.key(seed), 2)
     results = {}
     for data, share in RUSHING.items():
-        x = observations(share, keys[0])
+        x, alive = observations(share, keys[0])
         for loss in LOSSES:
-            found = _program(loss, steps)(x, keys[1])
+            found = _program(loss, steps)(x, alive, keys[1])
             results |= {f"collapse/{loss}/{data}/{k}": float(v) for k, v in found.items()}
     return results
 
 
-def observations(share: float, key: Any) -> Any:
-    """(40, 24, 1217): what all agents see in a battle in which each action is a rush with chance `share`."""
+def observations(share: float, key: Any) -> tuple[Any, Any]:
+    """(40, 24, 1217): what agents see in a battle in which each action is a rush with chance `share`; who is alive."""
     return _record(jnp.float32(share), key)
 
 
@@ -64,9 +65,10 @@ def _record(share: Any, key: Any) -> Any:
             other = battle_policies.random(env, team)(keys[2 * i + 1], obs, state)
             coin = jax.random.uniform(jax.random.fold_in(keys[4], i), rush.shape)
             actions[team] = jnp.where(coin < share, rush, other)
+        alive = state.alive
         new, state, *_ = env.step_env(keys[5], state, actions, OFFICIAL)
         x = {team: networks.observation(setting, *obs[team]) for team in env.teams}
-        return (new, state), env.join(x)
+        return (new, state), (env.join(x), alive)
 
     return jax.lax.scan(step, (obs, state), jax.random.split(play, STEPS))[1]
 
@@ -76,10 +78,10 @@ def _program(loss: str, steps: int):
     return jax.jit(partial(_train, loss, steps))
 
 
-def _train(loss: str, steps: int, x: Any, key: Any) -> dict[str, Any]:
+def _train(loss: str, steps: int, x: Any, alive: Any, key: Any) -> dict[str, Any]:
     setting, rows = LOSSES[loss], x.reshape(-1, x.shape[-1])
     zero = jnp.zeros(len(rows))
-    batch = VAEBatch(rows, zero.astype(jnp.int32), zero, zero, jnp.ones(len(rows), bool))
+    batch = VAEBatch(rows, zero.astype(jnp.int32), zero, zero, alive.reshape(-1))
     begin, learn, last, group = jax.random.split(key, 4)
     state = training.vae_state(vae.init_vae(begin, setting, x.shape[-1], 21), setting)
 
@@ -89,18 +91,19 @@ def _train(loss: str, steps: int, x: Any, key: Any) -> dict[str, Any]:
     params = jax.lax.scan(step, state, jax.random.split(learn, steps))[0].params
     seen = vae.vae_loss(params, setting, batch, last)[1]
     names = "kl_per_dim", "active_units", "variance", "spread", "reconstruction"
-    same = jax.vmap(partial(_agreement, params, setting))(x, jax.random.split(group, len(x)))
+    groupings = jax.vmap(partial(_agreement, params, setting))
+    same = groupings(x, alive, jax.random.split(group, len(x)))
     return {name: seen[name] for name in names} | {"agreement": same.mean()}
 
 
-def _agreement(params, setting, x, key):
+def _agreement(params, setting, x, alive, key):
     """Two groupings of one step's agents."""
-    everyone, nothing = jnp.ones(len(x), bool), jnp.zeros(len(x), jnp.int32)
+    nothing = jnp.zeros(len(x), jnp.int32)
 
     def grouping(key):
         draw, start = jax.random.split(key)
         z = groups.latents(params, setting, x, nothing, draw)
-        return kmeans(z, everyone, setting.groups, start).labels
+        return kmeans(z, alive, setting.groups, start).labels
 
     first, second = map(grouping, jax.random.split(key))
     return diagnostics.adjusted_rand(first, second, setting.groups)
