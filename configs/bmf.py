@@ -3,7 +3,7 @@
 Claim of the paper: grouping agents by a learnt latent and giving each the mean of its group and a mixture of the groups'
 means removes the noise that one average of everybody brings, and wins against mean-field methods.
 
-  python -m jaxrepro.launch --config=configs/bmf.py          tiny: 2 CPU cores, 2 minutes
+  python -m jaxrepro.launch --config=configs/bmf.py          tiny: 2 CPU cores, 8 minutes (an estimate)
   python -m jaxrepro.launch --config=configs/bmf.py:gpu      64 against 64, three seeds at once, one GPU (unmeasured)
   python -m jaxrepro.launch --config=configs/bmf.py:paper    the official code's 4000 episodes (unmeasured)
 
@@ -21,7 +21,7 @@ from jaxrepro.methods.bmf.setting import options
 
 ARMS = {"ac": "AC", "mf_ac_plus": "MF-AC+", "bmf": "BMF-AC", "bmf_random": "BMF-random"}
 SIZES = {
-    "tiny": {"needs": "2 CPU cores, 2 GB", "minutes": "2"},
+    "tiny": {"needs": "2 CPU cores, 2 GB", "minutes": "8 (an estimate)"},
     "gpu": {"needs": "one 80 GB GPU", "minutes": "10-30 (unmeasured)"},
     "paper": {"needs": "one 80 GB GPU a run", "minutes": "hours (unmeasured)"},
 }
@@ -35,7 +35,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config.method = "bmf"
     config.seed = 0
     config.seeds = 1  # trained at once: seed, seed + 1, ...
-    config.steps = 80  # updates of the policy, each on `envs` whole episodes
+    config.steps = 160  # updates of the policy, each on `envs` whole episodes
     config.mesh = (1, 1, 1, 1)  # data (episodes), fsdp, sequence, tensor
     config.init_from = config_dict.placeholder(str)  # a workdir: its VAE is taken
     config.preset = "fixed"  # fixed, official
@@ -53,18 +53,18 @@ def get_config(size: str = "tiny") -> ConfigDict:
     env.minimap = env.extra_features = True
     for name in ("step", "dead", "attack", "hit", "kill"):
         env[f"{name}_reward"] = config_dict.placeholder(float)
-    config.envs = 8  # games of an update
+    config.envs = 4  # games of an update
     config.micro_batches = (
         1  # of the policy's update, a divisor of envs: less memory, the same update
     )
 
     # The VAE is trained before the policy, on the same rollouts; 0 updates: it is taken from init_from, or not needed.
     config.vae = vae = ConfigDict()
-    vae.steps = 40
+    vae.steps = 80
     vae.train_policy = (
         True  # the policy learns too, as in the official code's first phase, and goes on afterwards
     )
-    vae.updates = 32  # of the VAE in a step; 1 with batch 0 is the official code
+    vae.updates = 24  # of the VAE in a step; 1 with batch 0 is the official code
     vae.batch = 512  # rows from the replay buffer; 0: all of the step's episodes, no buffer
     vae.replay = 8192  # rows that are kept
 
