@@ -10,9 +10,16 @@ from jaxrepro.bench import harness
 SEEDS = 5
 ONE, MANY = "one seed", f"{SEEDS} seeds at once"
 SHAPES = {
-    "cpu": {"map_size": 20, "steps": 150, "envs": 8, "hidden": 64, "vae_hidden": 128},
-    "gpu": {"map_size": 40, "steps": 400, "envs": 32, "hidden": 256, "vae_hidden": 512},
-    "trial": {"map_size": 12, "steps": 3, "envs": 2, "hidden": 4, "vae_hidden": 4},
+    "cpu": {"map_size": 20, "steps": 150, "envs": 8, "hidden": 64, "vae_hidden": 128, "groups": 4},
+    "gpu": {
+        "map_size": 40,
+        "steps": 400,
+        "envs": 32,
+        "hidden": 256,
+        "vae_hidden": 512,
+        "groups": 4,
+    },
+    "trial": {"map_size": 12, "steps": 3, "envs": 2, "hidden": 4, "vae_hidden": 4, "groups": 2},
 }
 GOAL = 1 / 3  # time of five seeds at once over five times that of one, on a GPU
 
@@ -26,7 +33,9 @@ def update(shape: Mapping[str, Any], seeds: int) -> Callable[[], Any]:
     from jaxrepro.methods.bmf.rollout import Game
     from jaxrepro.methods.bmf.setting import of_preset
 
-    setting = of_preset("fixed", hidden=shape["hidden"], vae_hidden=shape["vae_hidden"], groups=2)
+    setting = of_preset(
+        "fixed", hidden=shape["hidden"], vae_hidden=shape["vae_hidden"], groups=shape["groups"]
+    )
     game = Game(Battle(shape["map_size"], side="alternate"), OFFICIAL, (setting, setting))
     plan = learning.Plan(game, setting, shape["steps"], shape["envs"], 1, 0, 0)
     keys = jax.random.split(jax.random.key(0), seeds)

@@ -1,7 +1,7 @@
 """Agent-steps a second of the battle at 64 v 64, beside MAgent2's engine and its PettingZoo interface.
 
 A step is the whole of it: attacks, moves, rewards, the observation and the features of every agent, and a new episode
-where one ends. All take the same random actions, drawn beforehand, from a fresh start, so that nearly all agents live;
+where one ends. All take random actions of the same distribution, drawn beforehand, from a fresh start, so that nearly all agents live;
 the peers would have less to do as agents die. Ours steps many worlds at once, the peers one after another, as they are
 made; their time is scaled to our number of steps. MAgent2 runs on CPUs alone, with the threads that OpenMP gives it.
 Beside that a whole training update of BMF, one seed and five at once.

@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Int
 from jaxrepro.config import UserError
 from jaxrepro.envs import battle_observation as looks
 from jaxrepro.envs import battle_rules as rules
+from jaxrepro.envs import replay
 from jaxrepro.envs.battle_observation import BattleObservation
 from jaxrepro.envs.multi_agent import Key, MultiAgentEnv, PerTeam
 
@@ -223,6 +224,10 @@ class Battle(MultiAgentEnv):
                 f"attack_order is {order.dtype} of shape {order.shape}; it must be a permutation of the {n} agents"
             )
         return jnp.zeros(n, jnp.int32).at[order].set(index)
+
+    def render(self, state: BattleState) -> np.ndarray:
+        """A picture of a world, uint8 (height, width, 3): `replay.render`."""
+        return replay.render(state)
 
     def is_truncated(self, state: BattleState, params: BattleParams) -> Bool[Array, ""]:
         """Whether `params.horizon` steps are done."""

@@ -25,9 +25,8 @@ def small(tmp_path_factory):
 
 
 def tally(kills, losses):
-    kills, losses = np.array(kills), np.array(losses)
-    ones = np.ones(len(kills))
-    return Tally(kills, losses, 2 * ones, 3 * ones, 4 * ones, 5 * ones)
+    both = np.ones((len(kills), 1)) * [1, 0.5]
+    return Tally(np.stack([kills, losses], 1), 2 * both, 3 * both, 4 * both, 5 * both[:, 0])
 
 
 def test_shares_are_counts_and_their_intervals_are_scipys():
@@ -46,7 +45,8 @@ def test_ties_count_half_or_as_a_win_of_both():
     assert one.points("half").sum() + one.other().points("half").sum() == 3
     assert one.points("both").sum() + one.other().points("both").sum() == 5
     np.testing.assert_array_equal(one.other().wins, [False, False, True])
-    assert "attack_rate" not in arena.numbers(one.other())
+    other = arena.numbers(one.other())
+    assert (other["attack_rate"], other["return"]) == (0.75, 1)
 
 
 def test_a_rush_beats_random_play_from_both_sides():
@@ -57,6 +57,25 @@ def test_a_rush_beats_random_play_from_both_sides():
     lost = arena.play(game.swapped(), (None, None), n=16, steps=80)
     assert lost.wins.mean() < 0.2
     assert (found.steps <= 80).all() and (found.acted > 0).all()
+    rush, random = found.attacks.sum(0) / found.acted.sum(0)
+    assert random == pytest.approx(8 / 21, abs=0.05) and rush > 1.1 * random
+
+
+def test_an_interval_over_teams_covers_what_both_sides_vary_by():
+    """By simulation: teams have strengths of their own, so that pairs that share one are not independent."""
+    rng = np.random.default_rng(0)
+    inside, draws = 0, 1000
+    for _ in range(draws):
+        mine, theirs, pairs = (rng.normal(size=n) for n in ((5, 1), (1, 5), (5, 5)))
+        found = tournament.over_teams(0.5 + 0.05 * mine + 0.05 * theirs + 0.02 * pairs)
+        inside += found.lo <= 0.5 <= found.hi
+    assert 0.93 < inside / draws < 0.985
+    one = tournament.over_teams(
+        [[0.3, 0.4, 0.5]]
+    )  # one team: Student's interval of the others, t = 4.303
+    half = 4.302653 * 0.1 / 3**0.5
+    assert (one.lo, one.hi) == pytest.approx((0.4 - half, 0.4 + half))
+    assert not tournament.over_teams([[0.5]]).resolved
 
 
 def test_an_odd_number_of_games_is_refused():
@@ -82,9 +101,10 @@ def test_a_tournament_plays_every_pair_of_teams_and_writes_it(runs, tmp_path, ca
     assert "ac against mf_ac_plus: 2 pairs of teams, 4 games each" in out
     assert "| rush |" in out and "| ac : rush |" in out
     found = json.loads((tmp_path / "out.json").read_text())
+    plain, mean = str(runs / "plain"), str(runs / "mean")
     assert found["teams"] == {
-        "ac": ["plain#0", "plain#1"],
-        "mf_ac_plus": ["mean#0"],
+        "ac": [f"{plain}#0", f"{plain}#1"],
+        "mf_ac_plus": [f"{mean}#0"],
         "rush": ["rush"],
     }
     pairs = found["pairs"]
@@ -101,8 +121,12 @@ def test_teams_of_different_maps_do_not_play(runs, tmp_path, capsys):
     run.run(tiny.config(algorithm="ac", steps=1, env__map_size=12), tmp_path / "other")
     assert tournament.main([str(runs / "plain"), str(tmp_path / "other")]) == 2
     assert "other#0 was trained on another map" in capsys.readouterr().err
-    assert tournament.main([str(runs / "plain"), str(runs / "plain")]) == 2
+    assert tournament.main([str(runs / "plain"), str(runs / "plain"), "rush"]) == 2
+    assert "plain#0 is named twice" in capsys.readouterr().err
+    assert tournament.main([str(runs / "plain")]) == 2
     assert "two entries or more are needed" in capsys.readouterr().err
+    assert tournament.main([f"a={runs / 'plain'}", f"a={runs / 'mean'}", "rush"]) == 2
+    assert "are both a and differ in their settings; give them names" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -130,11 +154,13 @@ def test_critics_reach_their_closed_forms_on_hidden_types():
 
 
 @pytest.mark.slow
-def test_the_official_loss_leaves_groups_to_chance_on_battles():
+def test_the_official_loss_leaves_nothing_in_the_latents_of_battles():
     found = collapse.study(250)
     assert found["collapse/official/rush/kl_per_dim"] < 1e-3
     assert found["collapse/official/rush/active_units"] == 0
-    assert abs(found["collapse/official/rush/agreement"]) < 0.1
-    assert found["collapse/fixed/rush/agreement"] > 0.5
-    assert found["collapse/fixed/rush/kl_per_dim"] > 5e-3
-    assert found["collapse/fixed/random/active_units"] > 16
+    for data in ("rush", "random"):
+        official, fixed = (
+            found[f"collapse/{loss}/{data}/kl_per_dim"] for loss in ("official", "fixed")
+        )
+        assert fixed > 100 * official
+        assert abs(found[f"collapse/official/{data}/agreement_of_samples"]) < 0.05

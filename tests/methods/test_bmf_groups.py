@@ -129,7 +129,7 @@ SETTINGS = {
     "attention": small(),
     "state": small(attention_key="state"),
     "positive": small(inter="cosine_positive", mf_form="mixed"),
-    "observation": small(cluster_on="observation", inter="cosine", group_interval=None),
+    "observation": small(cluster_on="observation", inter="cosine", group_interval=1000),
     "random": small(algorithm="bmf_random"),
     "mf_ac_plus": small(algorithm="mf_ac_plus"),
     "mf_ac": small(algorithm="mf_ac"),

@@ -13,6 +13,7 @@ from PIL import Image
 from jaxrepro import cli, evaluate, launch, sample
 from jaxrepro.config import UserError
 from jaxrepro.envs import replay
+from jaxrepro.envs.battle import Battle
 from jaxrepro.methods.bmf import build, learning, run
 from jaxrepro.methods.bmf.learning import POLICY, VAE
 from jaxrepro.train.checkpoint import Checkpoints
@@ -277,7 +278,7 @@ def test_the_buffer_is_a_ring_of_living_agents():
         ({"env.map_size": 11}, "map_size ≥ 12"),
         ({"bmf.groups": 0}, "groups=0; use a whole number from 1 up"),
         ({"bmf.groups": 5}, "bmf.groups=5 of teams of 2 agents; use 1 to 2"),
-        ({"bmf.group_interval": -1}, "group_interval=-1; use a whole number from 0 up"),
+        ({"bmf.group_interval": 0}, "group_interval=0; use a whole number from 1 up"),
         ({"bmf.mf_form": "three"}, "mf_form='three' is not one of bilevel, mixed"),
         ({"algorithm": "dqn"}, "algorithm='dqn' is not one of ac, mf_ac"),
         (
@@ -295,6 +296,15 @@ def test_the_buffer_is_a_ring_of_living_agents():
         ({"env.minimap": False}, "leave both true"),
         ({"env.name": "gather"}, "battle is the environment that there is"),
         ({"seeds": 0}, "seeds=0; use 1 or more"),
+        ({"steps": 0, "init_from": "runs/a"}, "no policy is to be trained; set steps above 0"),
+        (
+            {"env.step_reward": float("nan")},
+            "env.step_reward=nan; a reward must be a finite number",
+        ),
+        (
+            {"algorithm": "ac", "env.extra_features": False, "bmf.mask_id_features": True},
+            "there are no bits of an index to mask",
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -302,6 +312,23 @@ def test_what_cannot_work_is_refused_in_one_line_and_leaves_nothing(tmp_path, ch
     with pytest.raises(UserError) as error:
         run.run(tiny.config(**changes), tmp_path / "run")
     assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_baselines_without_groups_do_not_ask_how_many_there_are():
+    build.check(tiny.config(algorithm="ac", **{"bmf.groups": 9}))
+
+
+def test_observations_that_are_not_finite_stop_a_run_by_name(tmp_path, monkeypatch):
+    observe = Battle.observe
+
+    def broken(self, state, params):
+        seen = observe(self, state, params)
+        return {team: obs._replace(features=obs.features * np.nan) for team, obs in seen.items()}
+
+    monkeypatch.setattr(Battle, "observe", broken)
+    with pytest.raises(UserError, match=r"features has \d+ numbers that are NaN or infinite"):
+        run.run(tiny.config(algorithm="ac"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -46,7 +46,11 @@ def test_an_unknown_choice_is_refused_with_the_list_of_choices(name):
     [
         ("groups", 0, "groups=0; use a whole number from 1 up"),
         ("groups", True, "groups=True; use a whole number from 1 up"),
-        ("group_interval", -1, "group_interval=-1; use a whole number from 0 up; 0 groups once"),
+        (
+            "group_interval",
+            0,
+            "group_interval=0; use a whole number from 1 up; one beyond the horizon",
+        ),
         ("latent", 0, "latent=0; use a whole number from 1 up"),
         ("gamma", 1.5, "gamma=1.5; use a number from 0 to 1"),
         ("self_play_tau", -0.1, "self_play_tau=-0.1; use a number from 0 to 1"),
@@ -67,8 +71,3 @@ def test_what_contradicts_itself_is_refused():
         Setting(gamma=0.0)
     with pytest.raises(UserError, match="preset='paper' is not one of official, fixed"):
         of_preset("paper")
-
-
-def test_no_interval_means_that_groups_are_made_once():
-    assert Setting(group_interval=0).regroups is None is Setting(group_interval=None).regroups
-    assert Setting(group_interval=7).regroups == 7

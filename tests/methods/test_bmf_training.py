@@ -139,12 +139,3 @@ def test_an_observation_that_is_not_finite_is_refused_by_name(value):
         f(view, features.at[1, 2].set(value))
     with pytest.raises(UserError, match=r"^view has 1 numbers that are NaN or infinite"):
         f(view.at[0, 0, 0, 0].set(value), features)
-
-
-def test_environments_that_do_not_divide_and_other_observations_are_refused():
-    checks.devices(8, 4)
-    with pytest.raises(UserError, match="6 environments on 4 devices; use a multiple of 4"):
-        checks.devices(6, 4)
-    checks.observation_size(1217, 1217, "runs/a")
-    with pytest.raises(UserError, match="runs/a was trained on observations of 879 numbers, these have 1217"):  # fmt: skip
-        checks.observation_size(879, 1217, "runs/a")

@@ -6,6 +6,7 @@ import pytest
 from small_teams import Strike, StrikeParams
 
 from jaxrepro.config import UserError
+from jaxrepro.envs.battle import Battle
 from jaxrepro.envs.ising import Ising
 from jaxrepro.envs.pettingzoo_env import PettingZooParallel
 
@@ -99,6 +100,9 @@ def test_a_picture_is_drawn_where_the_world_can_be_drawn():
     assert env.render().max() == 1 and begun().render() is None
     with pytest.raises(UserError, match="render_mode 'human' is not one of None, rgb_array"):
         PettingZooParallel(Drawn(), render_mode="human")
+    battle = PettingZooParallel(Battle(12), render_mode="rgb_array")
+    battle.reset()
+    assert battle.render().shape == (96, 96, 3) and len(np.unique(battle.render())) > 3
     with pytest.raises(UserError, match="render_mode 'rgb_array' is not one of None"):
         PettingZooParallel(WORLD, render_mode="rgb_array")
 

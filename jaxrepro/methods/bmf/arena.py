@@ -18,14 +18,21 @@ TIES = ("half", "both")  # what a tie counts as: half a game, or a game won by b
 
 
 class Tally(NamedTuple):
-    """Games of a player against another: numpy arrays, one entry a game."""
+    """Games of a player against another: numpy arrays, (games,), or (games, 2) of the player and of the other."""
 
-    kills: np.ndarray
-    losses: np.ndarray
+    killed: np.ndarray  # agents that each killed
     reward: np.ndarray  # of an agent
     attacks: np.ndarray
     acted: np.ndarray
-    steps: np.ndarray
+    steps: np.ndarray  # (games,)
+
+    @property
+    def kills(self) -> np.ndarray:
+        return self.killed[:, 0]
+
+    @property
+    def losses(self) -> np.ndarray:
+        return self.killed[:, 1]
 
     @property
     def wins(self) -> np.ndarray:
@@ -41,9 +48,8 @@ class Tally(NamedTuple):
         return self.wins + self.ties * {"half": 0.5, "both": 1.0}[tie]
 
     def other(self) -> "Tally":
-        """The same games, from the other side, as far as kills tell."""
-        nothing = np.full(self.kills.shape, np.nan)
-        return Tally(self.losses, self.kills, nothing, nothing, nothing, self.steps)
+        """The same games from the other side."""
+        return Tally(*(x[:, ::-1] if x.ndim > 1 else x for x in self))
 
 
 def join(tallies: list[Tally]) -> Tally:
@@ -75,17 +81,10 @@ def play(
     for side, (where, who, own) in enumerate(halves):
         keys = jax.random.split(jax.random.fold_in(key, side), n // 2)
         score = jax.device_get(_program(where, steps)(who, keys))
-        agents = game.env.sizes[game.env.teams[own]]
-        found.append(
-            Tally(
-                kills=score.kills[:, own],
-                losses=score.kills[:, 1 - own],
-                reward=score.reward[:, own] / agents,
-                attacks=score.attacks[:, own],
-                acted=score.acted[:, own],
-                steps=score.steps,
-            )
-        )
+        mine = slice(None, None, -1) if own else slice(None)  # the player first
+        agents = np.array([game.env.sizes[team] for team in game.env.teams])
+        both = score.kills, score.reward / agents, score.attacks, score.acted
+        found.append(Tally(*(x[:, mine] for x in both), score.steps))
     return join(found)
 
 
@@ -103,7 +102,6 @@ def numbers(tally: Tally, tie: str = "half") -> dict[str, float]:
     found |= {name: float(getattr(tally, name).mean()) for name in ("kills", "losses", "steps")}
     margin = stats.student_t((tally.kills - tally.losses).astype(float))
     found |= {"margin": margin.mean, "margin_lo": margin.lo, "margin_hi": margin.hi}
-    if np.isfinite(tally.reward).all():
-        found["return"] = float(tally.reward.mean())
-        found["attack_rate"] = float(tally.attacks.sum() / max(tally.acted.sum(), 1))
+    found["return"] = float(tally.reward[:, 0].mean())
+    found["attack_rate"] = float(tally.attacks[:, 0].sum() / max(tally.acted[:, 0].sum(), 1))
     return found

@@ -1,5 +1,6 @@
 """A config as the parts of a run: environment, setting, mesh; everything is checked here, before anything is written."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrepro import sharding
 from jaxrepro.config import UserError
 from jaxrepro.envs.battle import OFFICIAL, Battle, BattleParams
-from jaxrepro.methods.bmf import arena
+from jaxrepro.methods.bmf import arena, checks
 from jaxrepro.methods.bmf.learning import Plan
 from jaxrepro.methods.bmf.rollout import SCRIPTS, Game
 from jaxrepro.methods.bmf.setting import Setting
@@ -90,7 +91,7 @@ def check(config: Any) -> None:
             f"micro_batches={config.micro_batches} does not divide envs={config.envs}; use a divisor"
         )
     agents = min(env.sizes.values())
-    if setting.groups > agents:
+    if setting.grouped and setting.groups > agents:
         raise UserError(
             f"bmf.groups={setting.groups} of teams of {agents} agents; use 1 to {agents}"
         )
@@ -111,6 +112,18 @@ def check(config: Any) -> None:
         raise UserError(
             f"algorithm={config.algorithm} groups agents by a VAE: set vae.steps above 0, or init_from to a run that "
             "trained one"
+        )
+    if setting.mask_id_features and not config.env.extra_features:
+        raise UserError(
+            "bmf.mask_id_features=true without env.extra_features: there are no bits of an index to mask; set one of the two"
+        )
+    for name in REWARDS:
+        value = config.env[name]
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"env.{name}={value}; a reward must be a finite number")
+    if not config.steps and config.init_from:
+        raise UserError(
+            f"steps=0 with init_from={config.init_from}: its VAE is there and no policy is to be trained; set steps above 0"
         )
     if not config.steps and not (setting.grouped and v.steps):
         raise UserError(
@@ -156,6 +169,14 @@ def prepare(config: Any) -> Parts:
     axis(mesh, config.seeds, config.envs)
     seeds = tuple(range(config.seed, config.seed + config.seeds))
     return Parts(config, plan_of(config), sharding.make_mesh(config.mesh), seeds)
+
+
+def looked_at(plan: Plan) -> None:
+    """UserError that names the field, where the first observations hold numbers that are not finite."""
+    env = plan.game.env
+    obs, _ = env.reset(jax.random.key(0), plan.game.params)
+    for team in env.teams:
+        checks.checked(checks.finite)(**obs[team]._asdict())
 
 
 def keys_of(parts: Parts, stage: str, step: Any) -> Any:

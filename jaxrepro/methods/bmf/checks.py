@@ -33,20 +33,3 @@ def checked(f: Callable[..., Any]) -> Callable[..., Any]:
         return out
 
     return call
-
-
-def devices(environments: int, count: int) -> None:
-    """UserError where environments do not divide among devices."""
-    if count < 1 or environments < 1 or environments % count:
-        raise UserError(
-            f"{environments} environments on {count} devices; use a multiple of {max(count, 1)}"
-        )
-
-
-def observation_size(found: int, expected: int, where: str) -> None:
-    """UserError where a checkpoint was trained on other observations than it is to play on."""
-    if found != expected:
-        raise UserError(
-            f"{where} was trained on observations of {found} numbers, these have {expected}; "
-            "use the environment that it was trained on"
-        )

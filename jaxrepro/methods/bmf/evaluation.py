@@ -11,7 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrepro.methods.bmf import arena, build, diagnostics, groups, networks, training, vae
+from jaxrepro.methods.bmf import (
+    arena,
+    build,
+    diagnostics,
+    groups,
+    learning,
+    networks,
+    training,
+    vae,
+)
 from jaxrepro.methods.bmf.build import Parts
 from jaxrepro.methods.bmf.rollout import Game, Learnt, episodes
 from jaxrepro.train.state import step_key
@@ -64,12 +73,14 @@ def _latents(plan, player, key):
     batch, _ = episodes(plan.game, (player, player), plan.steps, games)
     rows = training.vae_batch(player.policy, plan.setting, batch)
     seen = vae.vae_loss(player.vae, plan.setting, rows, keys[1])[1]
-    # groups at t are those that step t - 1 made
-    t = max(plan.steps // 4, 1)
-    labels = batch.groups.labels
+    # groups at t are those that step t - 1 made; just after a grouping, so that they are of what is looked at
+    again = learning.second_grouping(plan)
+    t, labels = again or 1, batch.groups.labels
     before = batch.view[t - 1], batch.features[t - 1], batch.action[t - 1]
     report = jax.vmap(partial(_report, plan.setting, player.vae))
     of_groups = report(*before, labels[t], labels[1], jax.random.split(keys[2], plan.envs))
+    if again is None:
+        del of_groups["persistence"]  # there is no second grouping
     return {f"vae/{k}": v for k, v in seen.items()} | {
         f"groups/{k}": v.mean() for k, v in of_groups.items()
     }

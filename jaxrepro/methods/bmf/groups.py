@@ -126,7 +126,7 @@ def _labels(setting, before, t, x, z, alive, key):
 
     # The condition depends on t alone: on the agents it would differ between environments, and under `vmap`
     # every step would pay for K-means.
-    due = jnp.equal(t, 0) if setting.regroups is None else jnp.equal(t % setting.regroups, 0)
+    due = jnp.equal(t % setting.group_interval, 0)
     labels = jax.lax.cond(due, regroup, lambda: before)
     alone = jnp.cumsum(alive.astype(jnp.int32)) - 1
     labels = jnp.where(alive.sum() > g, labels, alone)

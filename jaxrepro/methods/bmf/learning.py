@@ -231,12 +231,24 @@ def of_games(plan: Plan, score: Score) -> dict[str, Float[Array, ""]]:
     }
 
 
+def second_grouping(plan: Plan) -> int | None:
+    """The first step that sees the groups of the second grouping, as step 1 sees those of the first; None: there is none."""
+    t = plan.setting.group_interval + 1
+    return t if t < plan.steps else None
+
+
 def of_groups(plan: Plan, batch: Trajectories) -> dict[str, Float[Array, ""]]:
-    """Of the groups a quarter into the games: empty ones, the largest one's share, pairs that stayed together."""
-    labels, t = batch.groups.labels, max(plan.steps // 4, 1)
-    sizes = jax.vmap(lambda x: diagnostics.group_sizes(x, plan.setting.groups))(labels[t])
-    return {
+    """Of the second grouping (the first, where there is no other): empty groups, the largest one's share.
+
+    persistence: of the pairs that shared a group in the first, the share that does in the second.
+    """
+    labels, t = batch.groups.labels, second_grouping(plan)
+    now = labels[1 if t is None else t]
+    sizes = jax.vmap(lambda x: diagnostics.group_sizes(x, plan.setting.groups))(now)
+    found = {
         "group_empty": sizes["empty"].astype(jnp.float32).mean(),
         "group_largest": sizes["largest"].mean(),
-        "group_persistence": jax.vmap(diagnostics.persistence)(labels[1], labels[t]).mean(),
     }
+    if t is not None:
+        found["group_persistence"] = jax.vmap(diagnostics.persistence)(labels[1], now).mean()
+    return found

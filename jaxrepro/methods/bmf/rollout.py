@@ -77,7 +77,6 @@ class Score(NamedTuple):
     reward: Any
     attacks: Any  # actions that were attacks
     acted: Any  # agents alive, summed over steps
-    alive: Any  # survivors
     steps: Any  # () of the game
 
 
@@ -151,25 +150,14 @@ def advance(
         reward=total(lambda r: jnp.where(r.mask, r.reward, 0).sum()),
         attacks=total(lambda r: (r.mask & (r.action >= FIRST_ATTACK)).sum()),
         acted=total(lambda r: r.mask.sum()),
-        alive=jnp.stack([kept.state.alive[s].sum() for s in _slices(env)]),
         steps=goes_on.astype(jnp.int32),
     )
     return kept, tuple(records), score
 
 
-def _slices(env):
-    red = env.sizes[env.teams[0]]
-    return slice(None, red), slice(red, None)
-
-
-def _add(before: Score, step: Score) -> Score:
-    total = jax.tree.map(jnp.add, before, step)
-    return total._replace(alive=step.alive)
-
-
 def _nothing() -> Score:
     ints, floats = jnp.zeros(2, jnp.int32), jnp.zeros(2)
-    return Score(ints, floats, ints, ints, ints, jnp.int32(0))
+    return Score(ints, floats, ints, ints, jnp.int32(0))
 
 
 def episodes(
@@ -190,7 +178,7 @@ def episodes(
     def step(carry, t):
         worlds, score = carry
         worlds, (red, _), more = _advance_all(game, learnt, worlds, t, plays)
-        return (worlds, _add(score, more)), red
+        return (worlds, jax.tree.map(jnp.add, score, more)), red
 
     zero = jax.tree.map(lambda x: jnp.broadcast_to(x, (e, *x.shape)), _nothing())
     (worlds, score), red = jax.lax.scan(step, (worlds, zero), jnp.arange(steps))
@@ -223,7 +211,7 @@ def scores(
     def step(carry):
         t, worlds, score = carry
         worlds, _, more = _advance_all(game, learnt, worlds, t, plays)
-        return t + 1, worlds, _add(score, more)
+        return t + 1, worlds, jax.tree.map(jnp.add, score, more)
 
     return jax.lax.while_loop(goes_on, step, (jnp.int32(0), worlds, zero))[2]
 

@@ -39,6 +39,7 @@ def run(
     """Train one arm in `workdir` and evaluate it; returns what summary.json holds."""
     build.check(config)
     s = build.prepare(config)
+    build.looked_at(s.plan)
     with Run(config, workdir, resume=resume, profile=profile, show=SHOWN) as run:
         if run.finished:
             return run.results

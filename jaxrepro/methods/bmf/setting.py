@@ -34,7 +34,7 @@ class Setting:
     algorithm: str = "bmf"
     # groups and mean fields
     groups: int = 4
-    group_interval: int | None = 50  # steps from one grouping to the next; 0, None: only at step 0
+    group_interval: int = 50  # steps from one grouping to the next, the first at step 0
     mf_form: str = "bilevel"  # two vectors a agent, or their mixture
     levels: str = "both"  # of the bilevel form: a level that is left out is all zeros
     inter: str = "attention"  # weights between groups
@@ -74,8 +74,7 @@ class Setting:
                 )
         for name in ("groups", "attention_dim", "vae_hidden", "latent", "hidden"):
             _whole(name, getattr(self, name), 1)
-        if self.group_interval is not None:
-            _whole("group_interval", self.group_interval, 0, "; 0 groups once, at step 0")
+        _whole("group_interval", self.group_interval, 1, "; one beyond the horizon groups once")
         for name in ("beta", "r2_weight", "value_coef", "entropy_coef", "clip"):
             _number(name, getattr(self, name), 0, math.inf)
         for name in ("gamma", "self_play_tau"):
@@ -117,11 +116,6 @@ class Setting:
     def compares_observations(self) -> bool:
         """Whether attention compares mean observations of groups; else weights compare latents."""
         return self.grouped and self.inter == "attention" and self.attention_key == "state"
-
-    @property
-    def regroups(self) -> int | None:
-        """Steps from one grouping to the next; None: never again."""
-        return self.group_interval or None
 
 
 def of_preset(preset: str, **changes: Any) -> Setting:

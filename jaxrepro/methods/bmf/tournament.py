@@ -1,9 +1,11 @@
 """Trained teams against each other: `python -m jaxrepro.methods.bmf.tournament RUN RUN ...`
 
-RUN is the workdir of a finished run (its last policy), or one of the names random, rush. Every pair plays --games games,
-half of them with sides swapped; runs of one algorithm and preset are one entry, whose seeds each play. A row of the table
-is an entry's share of points against the column, with the 95 % interval (Wilson over games: it speaks of these trained
-teams; the spread over seeds is printed beside it). Kills, ties and the share of attacks show whether anybody fights.
+RUN is the workdir of a finished run (its last policy), or one of the names random, rush; NAME=RUN gives it a name, without
+which it is that of its algorithm and preset. Runs of one name are one entry, whose seeds each play; they must be alike but for
+their seeds. Every pair of teams plays --games games, half of them with sides swapped. A row of the table is an entry's
+share of points against the column, with the 95 % interval (Wilson over games: it speaks of these trained teams). Beside
+it stands an interval over teams, as if both sides' seeds were drawn anew. Kills, ties and attacks of both sides show whether
+anybody fights.
 """
 
 import argparse
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from scipy.special import stdtrit
 
 from jaxrepro import config as configuration
 from jaxrepro import files, stats
@@ -33,10 +37,12 @@ class Team(NamedTuple):
     game: Any  # (environment, rewards and horizon); None of a script
 
 
-def load(source: str) -> list[Team]:
-    """The teams of a workdir, one a seed; a script's name is a team. UserError for what is neither."""
+def load(word: str) -> list[Team]:
+    """The teams of RUN or NAME=RUN, one a seed; a script's name is a team. UserError for what is neither."""
+    name, named, source = word.partition("=")
+    source = source if named else word
     if source in SCRIPTS:
-        return [Team(source, source, source, None, None)]
+        return [Team(name, source, source, None, None)]
     path = Path(source)
     if not (path / "config.json").is_file():
         raise UserError(f"{source} is no workdir of a run, nor one of {', '.join(SCRIPTS)}")
@@ -47,9 +53,10 @@ def load(source: str) -> list[Team]:
         config.mesh = (1, 1, 1, 1)
     s, params = run.trained(config, path)
     entry = config.algorithm + ("" if config.preset == "fixed" else f" ({config.preset})")
+    entry = name if named else entry
     where = build.environment(config, side="left"), s.plan.game.params
     return [
-        Team(entry, f"{path.name}#{seed}", s.plan.setting, evaluation.learnt(params, k), where)
+        Team(entry, f"{path}#{seed}", s.plan.setting, evaluation.learnt(params, k), where)
         for k, seed in enumerate(s.seeds)
     ]
 
@@ -70,18 +77,27 @@ def rules(teams: Sequence[Team]) -> tuple[Any, Any]:
 
 def tournament(
     teams: Sequence[Team], *, games: int, seed: int = 0, say: Any = print
-) -> dict[tuple[str, str], list[Tally]]:
-    """The tallies of every pair of entries, (first, second) -> one for each pair of their teams, in both orders."""
+) -> dict[tuple[str, str], list[list[Tally]]]:
+    """The tallies of every pair of entries in both orders, (first, second) -> a row for each team of the first."""
     env, params = rules(teams)
     entries: dict[str, list[Team]] = {}
     for team in teams:
         entries.setdefault(team.entry, []).append(team)
+    for name, found in entries.items():
+        names = [team.name for team in found]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise UserError(f"{twice[0]} is named twice; name each run once")
+        if other := [team for team in found if team.player != found[0].player]:
+            raise UserError(
+                f"{found[0].name} and {other[0].name} are both {name} and differ in their settings; give them names, as in "
+                f"{name}-a=RUN {name}-b=RUN"
+            )
     if len(entries) < 2:
         raise UserError(f"all runs are {', '.join(entries)}; two entries or more are needed")
     found = {}
     for (a, mine), (b, theirs) in combinations(entries.items(), 2):
-        tallies = []
-        for i, (x, y) in enumerate(product(mine, theirs)):
+        tallies: list[Tally] = []
+        for i, (x, y) in enumerate(product(mine, theirs)):  # rows of a table: mine
             where = Game(env, params, (x.player, y.player))
             learnt = x.learnt, y.learnt
             each = jax.random.fold_in(jax.random.key(seed), i)
@@ -94,23 +110,48 @@ def tournament(
                     seed=int(jax.random.bits(each) >> 1),
                 )
             )
-        found[a, b] = tallies
-        found[b, a] = [tally.other() for tally in tallies]
+        n = len(theirs)
+        found[a, b] = [tallies[i : i + n] for i in range(0, len(tallies), n)]
+        found[b, a] = [[row[i].other() for row in found[a, b]] for i in range(n)]
         say(f"{a} against {b}: {len(tallies)} pairs of teams, {games} games each")
     return found
 
 
-def numbers(found: dict[tuple[str, str], list[Tally]], tie: str) -> dict[str, dict[str, float]]:
-    """{"a/b": arena.numbers of all games, and points_lo_teams, points_hi_teams: Student t over pairs of teams}."""
+def numbers(
+    found: dict[tuple[str, str], list[list[Tally]]], tie: str
+) -> dict[str, dict[str, float]]:
+    """{"a/b": arena.numbers of all games, attack_rate of both sides, and points_lo_teams, points_hi_teams}."""
     results = {}
-    for (a, b), tallies in found.items():
-        row = arena.numbers(arena.join(tallies), tie)
-        spread = stats.student_t([float(t.points(tie).mean()) for t in tallies])
-        row |= {"teams": float(len(tallies))}
-        if spread.resolved:
-            row |= {"points_lo_teams": spread.lo, "points_hi_teams": spread.hi}
-        results[f"{a}/{b}"] = row
+    for (a, b), rows in found.items():
+        every = arena.join([tally for row in rows for tally in row])
+        result = arena.numbers(every, tie)
+        result |= {"teams": float(len(rows)), "other_teams": float(len(rows[0]))}
+        result["other_attack_rate"] = arena.numbers(every.other(), tie)["attack_rate"]
+        interval = over_teams([[tally.points(tie).mean() for tally in row] for row in rows])
+        if interval.resolved:
+            result |= {"points_lo_teams": interval.lo, "points_hi_teams": interval.hi}
+        results[f"{a}/{b}"] = result
     return results
+
+
+def over_teams(points: Any) -> stats.Interval:
+    """Mean of a table, teams of one entry by teams of the other, with the 95 % interval if both were drawn anew.
+
+    Pairs that share a team are not independent: the variance is that of the rows' means over their number and that of
+    the columns' over theirs, with Welch's degrees of freedom. A side with one team adds nothing, so the interval then
+    speaks about the other side alone; no interval where both have one.
+    """
+    x = np.asarray(points, np.float64)
+    parts = [(m.var(ddof=1) / m.size, m.size - 1) for m in (x.mean(1), x.mean(0)) if m.size > 1]
+    variance = sum(v for v, _ in parts)
+    mean, nan = float(x.mean()), float("nan")
+    if not parts:
+        return stats.Interval(mean, nan, nan, 1)
+    if variance == 0:
+        return stats.Interval(mean, mean, mean, x.size)
+    freedom = variance**2 / sum(v**2 / df for v, df in parts)
+    half = float(stdtrit(freedom, (1 + stats.LEVEL) / 2) * np.sqrt(variance))
+    return stats.Interval(mean, max(mean - half, 0.0), min(mean + half, 1.0), x.size)
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
@@ -132,21 +173,19 @@ def table(results: dict[str, dict[str, float]]) -> str:
         lines.append(f"| {a} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "| pair | games | kills | ties | attacks of actions | points over pairs of teams |",
+        "| pair | games | kills | ties | attacks of actions | points, over teams |",
         "|---" * 6 + "|",
     ]
     for key, row in results.items():
-        if "attack_rate" not in row:
-            continue
         a, b = key.split("/")
-        spread = "one pair"
+        spread = "one team each"
         if "points_lo_teams" in row:
             spread = (
                 f"{row['points']:.2f} [{row['points_lo_teams']:.2f}, {row['points_hi_teams']:.2f}]"
             )
         lines.append(
             f"| {a} : {b} | {row['n']:.0f} | {row['kills']:.1f} : {row['losses']:.1f} | {row['tie']:.0%} | "
-            f"{row['attack_rate']:.0%} | {spread} |"
+            f"{row['attack_rate']:.0%} : {row['other_attack_rate']:.0%} | {spread} |"
         )
     return "\n".join(lines)
 
