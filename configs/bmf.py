@@ -106,7 +106,7 @@ def get_claims(size: str = "tiny") -> dict:
     arms = {arm: {"algorithm": arm} for arm in ARMS}
     if size != "tiny":
         return {"prelude": {"steps": 0}, "arms": arms, "claims": ()}
-    arms["bmf"] |= {"typed.seeds": 5, "collapse.steps": 500}
+    arms["bmf"] |= {"typed.seeds": 5, "collapse.steps": 2000}
     against = ("random", "rush", "self")
     kinds = ("win", "points", "tie", "kills", "losses", "attack_rate")
     return {

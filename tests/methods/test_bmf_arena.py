@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import optimize
 from scipy.stats import binomtest
 
 from jaxrepro.config import UserError
@@ -13,6 +14,7 @@ from jaxrepro.envs.battle import OFFICIAL, Battle
 from jaxrepro.methods.bmf import arena, collapse, run, tournament, typed
 from jaxrepro.methods.bmf.arena import Tally
 from jaxrepro.methods.bmf.rollout import Game
+from jaxrepro.methods.bmf.setting import of_preset
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bmf_tiny as tiny
@@ -164,3 +166,22 @@ def test_the_official_loss_leaves_nothing_in_the_latents_of_battles():
         )
         assert fixed > 100 * official
         assert abs(found[f"collapse/official/{data}/agreement_of_samples"]) < 0.05
+
+
+def test_the_best_linear_vae_keeps_components_above_half_the_weight_of_the_kl():
+    """One component of variance v, by scipy: the least v (1 - b a)^2 + b^2 s + w KL(N(a x, s)) over a, b, s."""
+    rows = np.random.default_rng(0).normal(size=(500, 1)) * np.sqrt(3.0)
+    v = rows.var()
+    for weight in (0.5, 1.0, 4.0, 8.0):
+        kl = lambda a, s: (s + a * a * v - 1 - np.log(s)) / 2
+
+        def loss(p, weight=weight, kl=kl):
+            a, b, s = p[0], p[1], np.exp(p[2])
+            return v * (1 - b * a) ** 2 + b * b * s + weight * kl(a, s)
+
+        found = optimize.minimize(loss, [0.5, 0.5, 0.0], tol=1e-12).x
+        setting = of_preset("fixed", beta=weight, latent=1)
+        expected = kl(found[0], np.exp(found[2]))
+        assert collapse.linear_kl_per_dim(rows, setting) == pytest.approx(expected, abs=1e-3)
+    official = of_preset("official", latent=1)
+    assert collapse.linear_kl_per_dim(rows, official) == 0  # 500 rows: it weighs 500 times as much

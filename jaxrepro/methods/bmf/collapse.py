@@ -10,6 +10,8 @@ each; agents rush at the enemy in 60 % of their actions and act at random in the
         adjusted Rand index of two groupings of the same agents with other random numbers, of samples (as the official
         code clusters) and of posterior means: 0 = groups are chance. Means agree with themselves but for the starts of
         K-means, also those of a collapsed VAE: only samples tell whether the posterior says anything
+    collapse/<loss>/<data>/linear_kl_per_dim
+        what the best linear VAE would keep (probabilistic PCA, in closed form): see `linear_kl_per_dim`
 """
 
 from dataclasses import replace
@@ -18,12 +20,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrepro.envs import battle_policies
 from jaxrepro.envs.battle import OFFICIAL, Battle
 from jaxrepro.methods.bmf import diagnostics, groups, networks, training, vae
 from jaxrepro.methods.bmf.kmeans import kmeans
-from jaxrepro.methods.bmf.setting import of_preset
+from jaxrepro.methods.bmf.setting import Setting, of_preset
 from jaxrepro.methods.bmf.vae import VAEBatch
 
 HIDDEN = 128
@@ -41,8 +44,10 @@ def study(steps: int, *, seed: int = 0) -> dict[str, float]:
     results = {}
     for data, share in RUSHING.items():
         x, alive = observations(share, keys[0])
-        for loss in LOSSES:
+        rows = np.asarray(x)[np.asarray(alive)]
+        for loss, setting in LOSSES.items():
             found = _program(loss, steps)(x, alive, keys[1])
+            found["linear_kl_per_dim"] = linear_kl_per_dim(rows, setting)
             results |= {f"collapse/{loss}/{data}/{k}": float(v) for k, v in found.items()}
     return results
 
@@ -50,6 +55,21 @@ def study(steps: int, *, seed: int = 0) -> dict[str, float]:
 def observations(share: float, key: Any) -> tuple[Any, Any]:
     """(40, 24, 1217): what agents see in a battle in which each action is a rush with chance `share`; who is alive."""
     return _record(jnp.float32(share), key)
+
+
+def linear_kl_per_dim(rows: np.ndarray, setting: Setting) -> float:
+    """KL to the prior, in nats a latent, of the linear VAE that is best for rows (n, d) under the loss of `setting`.
+
+    Up to a factor the loss is |x~ - x|^2 + w KL, a Gaussian of variance w / 2: w = beta in the repaired loss, beta d n in
+    the official one. Such a VAE is probabilistic PCA (Lucas et al., arXiv:1911.02469): it keeps the principal components
+    whose variance v is above w / 2, with log(2 v / w) / 2 nats each, and no others.
+    """
+    n, d = rows.shape
+    weight = setting.beta * (d * n if setting.vae_reduction == "official" else 1)
+    centred = rows.astype(np.float64) - rows.mean(0, dtype=np.float64)
+    variances = np.linalg.svd(centred, compute_uv=False)[: setting.latent] ** 2 / n
+    kept = np.maximum(2 * variances / weight, 1)
+    return float(np.log(kept).sum() / 2 / setting.latent)
 
 
 @jax.jit
