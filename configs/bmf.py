@@ -68,6 +68,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
 
     config.eval = ConfigDict(dict(n=200, opponents=("random", "rush"), self_play=True))
     config.eval.tie = "half"  # both: a tie counts as a win of both sides, as the MF-Q authors do
+    config.eval.noise = (
+        16  # games for critics with and without mean fields (evaluation.py); 0: none
+    )
     config.typed = ConfigDict(
         dict(seeds=0)
     )  # the study with a closed form (typed.py), before training
@@ -122,6 +125,18 @@ def get_claims(size: str = "tiny") -> dict:
             *(f"test/groups/{name}" for name in ("ari_position", "silhouette", "persistence")),
             "test/vae/kl_per_dim",
             "test/vae/active_units",
+            *(f"test/noise/{name}" for name in ("none", "team", "groups", "variance")),
+            *(
+                f"collapse/{loss}/{data}/{name}"
+                for loss in ("official", "fixed")
+                for data in ("rush", "random")
+                for name in (
+                    "kl_per_dim",
+                    "linear_kl_per_dim",
+                    "active_units",
+                    "agreement_of_samples",
+                )
+            ),
         ),
         "claims": (
             *(

@@ -76,6 +76,7 @@ def check(config: Any) -> None:
         ("vae.updates", v.updates, 1),
         ("vae.batch", v.batch, 0),
         ("eval.n", config.eval.n, 2),
+        ("eval.noise", config.eval.noise, 0),
         ("typed.seeds", config.typed.seeds, 0),
         ("collapse.steps", config.collapse.steps, 0),
     )

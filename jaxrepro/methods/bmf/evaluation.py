@@ -1,7 +1,8 @@
 """What a trained team is worth: games against scripted players and against itself, its groups, its VAE.
 
 `test/<opponent>/<number>` are `arena.numbers`, over the games of all seeds; `test/<opponent>/worst_win_lo` is the lower
-end of the interval of the seed that won least. `test/vae/...` and `test/groups/...` are from games against itself.
+end of the interval of the seed that won least. `test/vae/...` and `test/groups/...` are from games against itself, and
+so is `test/noise/...`: held-out errors of critics that see no mean field, that of the team, those of the groups.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrepro.methods.bmf import (
     arena,
@@ -18,6 +20,7 @@ from jaxrepro.methods.bmf import (
     groups,
     learning,
     networks,
+    objective,
     training,
     vae,
 )
@@ -25,6 +28,7 @@ from jaxrepro.methods.bmf.build import Parts
 from jaxrepro.methods.bmf.rollout import Game, Learnt, episodes
 from jaxrepro.train.state import step_key
 
+HELD_OUT = 0.25  # of the games that critics are fitted to
 SHOWN = ("win", "kills", "losses", "tie", "attack_rate")
 
 
@@ -46,6 +50,8 @@ def evaluate(s: Parts, params: Mapping[str, Any]) -> dict[str, float]:
         results |= {f"test/{opponent}/{name}": value for name, value in found.items()}
     if s.plan.setting.grouped:
         results |= {f"test/{name}": value for name, value in latents(s, params).items()}
+    if s.plan.setting.grouped and config.eval.noise:
+        results |= {f"test/noise/{name}": value for name, value in noise(s, params).items()}
     return results
 
 
@@ -84,6 +90,43 @@ def _latents(plan, player, key):
     return {f"vae/{k}": v for k, v in seen.items()} | {
         f"groups/{k}": v.mean() for k, v in of_groups.items()
     }
+
+
+def noise(s: Parts, params: Mapping[str, Any]) -> dict[str, float]:
+    """Held-out squared errors of critics of the return (`diagnostics.aggregation_noise`), means over the seeds.
+
+    none, team, groups: what they see beside the observation, in `eval.noise` games of a player against itself, of which
+    the last quarter is held out. variance: of those returns.
+    """
+    program = jax.jit(partial(_seen_and_returned, s.plan, s.config.eval.noise))
+    found = []
+    for k, seed in enumerate(s.seeds):
+        games, critics = jax.random.split(step_key(seed, "noise", 0))
+        *rows, keep = jax.device_get(program(learnt(params, k), games))
+        x, team, of_groups, target = (row[keep] for row in rows)
+        held = int(len(target) * HELD_OUT)
+        fields = {"team": team, "groups": of_groups}
+        errors = diagnostics.aggregation_noise(critics, x, fields, target, test_share=HELD_OUT)
+        found.append({**errors, "variance": target[len(target) - held :].var()})
+    return {name: float(np.mean([f[name] for f in found])) for name in found[0]}
+
+
+def _seen_and_returned(plan, n, player, key):
+    """Rows (game, step, agent) of observation, mean of the team, vectors of groups, return; which of them count."""
+    batch, _ = episodes(plan.game, (player, player), plan.steps, jax.random.split(key, n))
+    setting, state = plan.setting, batch.groups
+    of_groups = groups.mean_field_input(player.policy, setting, state)
+    members = state.count / jnp.maximum(state.count.sum(-1, keepdims=True), 1)
+    team = jnp.einsum("...g,...gn->...n", members, state.actions)[..., None, :]
+    team = jnp.broadcast_to(team, of_groups[0].shape)
+    nothing = jnp.zeros(batch.reward.shape)
+    target = objective.returns(
+        batch.reward, nothing, nothing[0], batch.mask, batch.alive_after,
+        gamma=setting.gamma, bootstrap="fixed",
+    )  # fmt: skip
+    x = networks.observation(setting, batch.view, batch.features)
+    rows = x, team, jnp.concatenate(of_groups, -1), target, batch.mask
+    return [jnp.swapaxes(row, 0, 1).reshape(-1, *row.shape[3:]) for row in rows]
 
 
 def _report(setting, vae_params, view, features, action, labels, first, key):
