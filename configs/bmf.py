@@ -65,6 +65,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
     vae.updates = 24  # of the VAE in a step; 1 with batch 0 is the official code
     vae.batch = 512  # rows from the replay buffer; 0: all of the step's episodes, no buffer
     vae.replay = 8192  # rows that are kept
+    vae.warmup = (
+        40  # steps in which beta rises from 0 to its value; 0: none, as in the official code
+    )
 
     config.eval = ConfigDict(dict(n=200, opponents=("random", "rush"), self_play=True))
     config.eval.tie = "half"  # both: a tie counts as a win of both sides, as the MF-Q authors do
@@ -86,12 +89,12 @@ def get_config(size: str = "tiny") -> ConfigDict:
     if size == "gpu":
         bmf.lr = 1e-3  # not tuned: nothing was measured at this size
         config.steps, config.envs, config.seeds, config.micro_batches = 150, 32, 3, 4
-        config.vae.update(dict(steps=50, updates=16, batch=4096, replay=65536))
+        config.vae.update(dict(steps=50, updates=16, batch=4096, replay=65536, warmup=25))
         config.eval.n = 100
         return config
     config.preset = "official"
     config.steps, config.envs = 2000, 1
-    config.vae.update(dict(steps=2000, updates=1, batch=0, replay=0))
+    config.vae.update(dict(steps=2000, updates=1, batch=0, replay=0, warmup=0))
     config.checkpoint.every = 100
     return config
 

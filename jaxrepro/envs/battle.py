@@ -31,6 +31,7 @@ from jaxrepro.envs import battle_rules as rules
 from jaxrepro.envs import replay
 from jaxrepro.envs.battle_observation import BattleObservation
 from jaxrepro.envs.multi_agent import Key, MultiAgentEnv, PerTeam
+from jaxrepro.ops.checks import known
 
 RESOLUTIONS = ("sequential", "simultaneous")
 SIDES = ("left", "alternate", "random")  # where red starts
@@ -89,23 +90,20 @@ class Battle(MultiAgentEnv):
         side: str = "left",
     ):
         self.left, self.right = rules.start(map_size)
-        for name, value, known in (("resolution", resolution, RESOLUTIONS), ("side", side, SIDES)):
-            if value not in known:
+        for name, value, choices in (
+            ("resolution", resolution, RESOLUTIONS),
+            ("side", side, SIDES),
+        ):
+            if value not in choices:
                 raise UserError(
-                    f"{name}={value!r:.40} is unknown; choose one of {', '.join(known)}"
+                    f"{name}={value!r:.40} is unknown; choose one of {', '.join(choices)}"
                 )
         self.map_size, self.minimap, self.extra_features = map_size, minimap, extra_features
         self.resolution, self.side = resolution, side
         self.sizes = dict.fromkeys(self.teams, len(self.left))
 
-    def __hash__(self):
-        return hash(self._static)
-
-    def __eq__(self, other):
-        return isinstance(other, Battle) and self._static == other._static
-
     @property
-    def _static(self):
+    def static(self) -> tuple[Any, ...]:
         return self.map_size, self.minimap, self.extra_features, self.resolution, self.side
 
     @property
@@ -222,6 +220,11 @@ class Battle(MultiAgentEnv):
         if order.shape != (n,) or not jnp.issubdtype(order.dtype, jnp.integer):
             raise UserError(
                 f"attack_order is {order.dtype} of shape {order.shape}; it must be a permutation of the {n} agents"
+            )
+        here = known(order)
+        if here is not None and (np.sort(here) != np.arange(n)).any():
+            raise UserError(
+                f"attack_order leaves an agent out; it must be a permutation of 0 to {n - 1}"
             )
         return jnp.zeros(n, jnp.int32).at[order].set(index)
 

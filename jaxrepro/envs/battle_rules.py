@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrepro.config import UserError
+from jaxrepro.ops.checks import is_whole
 
 FULL_HP, DAMAGE, RECOVERY = 10.0, 2.0, 0.1
 LEAST_MAP = 12
@@ -41,7 +42,7 @@ OFFSETS = np.concatenate([MOVES, ATTACKS])
 def start(map_size: Any) -> tuple[np.ndarray, np.ndarray]:
     """Cells (x, y) of the left and of the right army, (A, 2) int32 each; UserError for a map that is too small."""
     n = map_size
-    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < LEAST_MAP:
+    if not is_whole(n) or n < LEAST_MAP:
         raise UserError(f"map_size={n!r:.40}: map_size ≥ {LEAST_MAP}, a whole number, is needed")
     side = 2 * int((0.04 * n * n) ** 0.5)
     rows = range((n - side) // 2, (n - side) // 2 + side, 2)

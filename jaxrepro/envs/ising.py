@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jaxrepro.config import UserError
 from jaxrepro.envs.multi_agent import Key, MultiAgentEnv, PerTeam
+from jaxrepro.ops.checks import is_whole
 
 REWARD_ON = ("new", "observed")
 ACTIONS = 2
@@ -66,16 +67,20 @@ class Ising(MultiAgentEnv):
 
     teams = (TEAM,)
 
-    def __init__(self, size: int = 10, *, reward_on: str = "new"):
-        if size < SMALLEST or size % 2:
+    def __init__(self, size: Any = 10, *, reward_on: str = "new"):
+        if not is_whole(size) or size < SMALLEST or size % 2:
             raise UserError(
-                f"size {size}: the torus must have an even number of rows, at least {SMALLEST}; on an odd one even sites "
+                f"size {size!r:.40}: the torus must have an even number of rows, at least {SMALLEST}; on an odd one even sites "
                 "would be neighbours of even ones"
             )
         if reward_on not in REWARD_ON:
             raise UserError(f"reward_on {reward_on!r} is not one of {', '.join(REWARD_ON)}")
         self.size, self.reward_on = size, reward_on
         self.sizes = {TEAM: size * size}
+
+    @property
+    def static(self) -> tuple[Any, ...]:
+        return self.size, self.reward_on
 
     @property
     def default_params(self) -> IsingParams:

@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from jaxrepro.config import UserError
 from jaxrepro.envs.multi_agent import Key, MultiAgentEnv, PerTeam
+from jaxrepro.ops.checks import whole
 
 EMBEDDING = 8
 TEAM = "agents"
@@ -69,20 +70,21 @@ class TypedMeanField(MultiAgentEnv):
 
     teams = (TEAM,)
 
-    def __init__(self, agents: int = 32, types: int = 4, *, seed: int = 0):
-        if types < 1:
-            raise UserError(f"types {types}: at least one is needed")
+    def __init__(self, agents: Any = 32, types: Any = 4, *, seed: Any = 0):
+        whole("agents", agents), whole("types", types), whole("seed", seed, least=0)
         if agents < 2 * types or agents % types:
             raise UserError(
                 f"{agents} agents of {types} types: types are of equal size, at least two agents each; "
                 f"take a multiple of {types} from {2 * types} on"
             )
-        if seed < 0:
-            raise UserError(f"seed {seed} must be 0 or more")
         self.types, self.seed, self.sizes = types, seed, {TEAM: agents}
         self.embedding = (
             np.random.default_rng(seed).normal(size=(types, EMBEDDING)).astype("float32")
         )
+
+    @property
+    def static(self) -> tuple[Any, ...]:
+        return self.sizes[TEAM], self.types, self.seed
 
     @property
     def default_params(self) -> TypedMeanFieldParams:

@@ -117,6 +117,16 @@ def test_the_official_kl_gradient_grows_with_the_batch_and_the_fixed_one_does_no
         assert np.abs(one).min() > 1e-4
 
 
+def test_while_beta_rises_the_kl_counts_by_its_share():
+    setting = small()
+    p = params_of(setting)[1]
+    with jax.disable_jit():
+        loss = lambda s, *w: float(vae.loss_sums(p, s, BATCH, NOISE, jnp.float32(7), *w)[0])
+        assert loss(setting, 0.25) == pytest.approx(loss(small(beta=0.25)), rel=1e-6)
+        assert loss(setting, 1.0) == loss(setting)
+        assert loss(setting, 0.25) != loss(setting)
+
+
 def test_no_gradient_flows_into_the_value_that_is_matched():
     setting = small()
     p = params_of(setting)[1]

@@ -261,11 +261,14 @@ def test_actions_outside_the_range_are_refused_on_the_host():
             env.check_actions(good | {"blue": np.array([6, bad])})
 
 
-def test_an_order_that_is_no_permutation_by_shape_is_refused():
+def test_an_order_that_is_no_permutation_is_refused():
     env, state, _ = begin(12)
     acts = env.split(jnp.zeros(4, jnp.int32))
     with pytest.raises(UserError, match="must be a permutation of the 4 agents"):
         env.step_env(KEY, state, acts, OFFICIAL, attack_order=jnp.arange(3))
+    for wrong in ([0, 0, 1, 2], [0, 1, 2, 4]):
+        with pytest.raises(UserError, match="must be a permutation of 0 to 3"):
+            env.step_env(KEY, state, acts, OFFICIAL, attack_order=jnp.array(wrong))
 
 
 def test_the_parameters_are_those_of_magent2_and_of_the_official_code():

@@ -160,10 +160,15 @@ def test_both_lattices_may_be_ordered_with_opposite_signs():
     assert (m.even * m.odd < 0).all() and (jnp.abs(m.whole) < 0.1).all()
 
 
-@pytest.mark.parametrize("size", [2, 5, 0, -10])
+@pytest.mark.parametrize("size", [2, 5, 0, -10, 10.0, True])
 def test_a_torus_that_does_not_split_in_two_is_refused(size):
     with pytest.raises(UserError, match=f"size {size}: the torus must have an even number"):
         Ising(size)
+
+
+def test_lattices_that_are_made_alike_are_equal():
+    assert Ising(4) == Ising(4) and hash(Ising(4)) == hash(Ising(4))
+    assert len({Ising(4), Ising(6), Ising(4, reward_on="observed")}) == 3
 
 
 def test_an_unknown_reward_lists_the_known():

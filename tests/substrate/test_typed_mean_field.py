@@ -150,14 +150,23 @@ def test_every_step_is_an_episode_of_its_own_with_fresh_numbers():
     [
         (10, 4, "10 agents of 4 types: types are of equal size"),
         (4, 4, "take a multiple of 4 from 8 on"),
-        (8, 0, "types 0: at least one"),
+        (8, 0, "types=0 must be a whole number of at least 1"),
+        (8.0, 2, "agents=8.0 must be a whole number"),
+        ("a", 2, "agents='a' must be a whole number"),
     ],
 )
 def test_types_that_cannot_be_of_equal_size_are_refused(agents, types, message):
     with pytest.raises(UserError, match=message):
         TypedMeanField(agents, types)
-    with pytest.raises(UserError, match="seed -1"):
+    with pytest.raises(UserError, match="seed=-1"):
         TypedMeanField(seed=-1)
+
+
+def test_environments_that_are_made_alike_are_equal():
+    """As static arguments of jit they then share a program."""
+    assert TypedMeanField(8, 2) == TypedMeanField(8, 2)
+    assert hash(TypedMeanField(8, 2)) == hash(TypedMeanField(8, 2))
+    assert TypedMeanField(8, 2) != TypedMeanField(8, 2, seed=1)
 
 
 def test_continuous_actions_have_no_number():

@@ -74,6 +74,7 @@ def check(config: Any) -> None:
         ("env.horizon", config.env.horizon, 2),
         ("vae.steps", v.steps, 0),
         ("vae.updates", v.updates, 1),
+        ("vae.warmup", v.warmup, 0),
         ("vae.batch", v.batch, 0),
         ("eval.n", config.eval.n, 2),
         ("eval.noise", config.eval.noise, 0),
@@ -160,6 +161,7 @@ def plan_of(config: Any) -> Plan:
         updates=v.updates,
         batch=v.batch,
         replay=v.replay if v.batch else 0,
+        warmup=v.warmup,
         micro_batches=config.micro_batches,
     )
 

@@ -36,6 +36,7 @@ class Plan:
     updates: int  # of the VAE in an update of stage "vae"
     batch: int  # rows of such an update; 0: all that was played, and nothing is kept
     replay: int  # rows that are kept
+    warmup: int = 0  # steps of stage "vae" in which beta rises to its value
     micro_batches: int = 1  # of the policy's update, a divisor of envs
 
 
@@ -188,6 +189,7 @@ def update_vae(
     drawn, learning = jax.random.split(key)
     if replay is not None:
         replay = remember(replay, rows, drawn)
+    warmth = jnp.minimum((state.step + 1) / max(plan.warmup, 1), 1.0)
 
     def one(state, key):
         given, noise = rows, key
@@ -195,7 +197,7 @@ def update_vae(
             pick, noise = jax.random.split(key)
             at = jax.random.randint(pick, (plan.batch,), 0, plan.replay)
             given = jax.tree.map(lambda x: x[at], replay.rows)
-        return training.update_vae(state, plan.setting, given, noise)
+        return training.update_vae(state, plan.setting, given, noise, warmth=warmth)
 
     state, metrics = jax.lax.scan(one, state, jax.random.split(learning, plan.updates))
     last = {k: v[-1] for k, v in metrics.items()}

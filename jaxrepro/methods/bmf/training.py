@@ -95,15 +95,17 @@ def update_vae(
     batch: VAEBatch,
     key: PRNGKeyArray,
     *,
+    warmth: Array | float = 1.0,
     micro_batches: int = 1,
 ) -> tuple[State, dict[str, Array]]:
     """One step on all rows of a batch. Metrics: those of `make_step` and `vae.monitor`.
 
+    warmth: of beta, as `vae.loss_sums` has it.
     micro_batches: a divisor of the rows; less memory, the same gradient, with the same noise.
     """
     total = batch.mask.sum().astype(jnp.float32)
     noise = jax.random.normal(key, (*batch.mask.shape, setting.latent))
-    rows = batch, noise, total
+    rows = batch, noise, total, jnp.asarray(warmth, jnp.float32)
 
     def loss(params, rows):
         return vae.loss_sums(params, setting, *rows)

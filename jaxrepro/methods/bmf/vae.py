@@ -142,9 +142,11 @@ def loss_sums(
     batch: VAEBatch,
     noise: Float[Array, "n z"],
     total: Float[Array, ""],
+    warmth: Float[Array, ""] | float = 1.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Array]]:
     """(loss_sum, agents, aux) of some agents out of `total`; loss = loss_sum / agents over all of them.
 
+    warmth: what beta is multiplied by, 0 to 1, where it rises from 0 (KL annealing, arXiv:1511.06349).
     aux: sums over agents, as `monitor` reads them. In the "official" reduction an agent's KL counts `total` times.
     """
     weight = batch.mask.astype(jnp.float32)
@@ -155,11 +157,11 @@ def loss_sums(
     out = decode(params, setting, z)
     size = x.shape[-1]
     squared = ((out[:, :size] - x) ** 2).sum(-1)
-    kl = kl_to_prior(mean, log_variance)
+    kl, beta = kl_to_prior(mean, log_variance), setting.beta * warmth
     if setting.vae_reduction == "official":
-        each = squared / size + setting.beta * total * kl.sum(-1)
+        each = squared / size + beta * total * kl.sum(-1)
     else:
-        each = squared + setting.beta * kl.sum(-1)
+        each = squared + beta * kl.sum(-1)
     aux = {
         "reconstruction": squared / size,
         "kl_per_dim": kl.mean(-1),
