@@ -14,8 +14,9 @@ from jaxrepro import cli, evaluate, launch, sample
 from jaxrepro.config import UserError
 from jaxrepro.envs import replay
 from jaxrepro.envs.battle import Battle
-from jaxrepro.methods.bmf import build, learning, run
+from jaxrepro.methods.bmf import build, evaluation, learning, run
 from jaxrepro.methods.bmf.learning import POLICY, VAE
+from jaxrepro.methods.bmf.rollout import episodes
 from jaxrepro.train.checkpoint import Checkpoints
 from jaxrepro.train.state import State
 
@@ -356,3 +357,35 @@ def test_a_dry_run_tells_the_shapes_of_every_size(size, capsys):
     assert cli.guard(launch.main, [f"--config=configs/bmf.py:{size}", "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "batch view: float32[" in out and "memory per device" in out
+
+
+@pytest.mark.slow
+def test_critics_of_the_noise_see_the_last_actions_of_the_living_and_fit_returns():
+    s, n = tiny.parts(**{"eval.noise": 4}), 4
+    player, key = tiny.learnt(s), jax.random.key(3)
+    _, team, of_groups, target, keep = evaluation._seen_and_returned(s.plan, n, player, key)
+    batch, _ = episodes(s.plan.game, (player, player), s.plan.steps, jax.random.split(key, n))
+    steps, _, agents = batch.mask.shape
+    back = lambda rows: np.asarray(rows).reshape(n, steps, agents, *rows.shape[1:])
+    done, alive = np.eye(21)[np.asarray(batch.action)], np.asarray(batch.mask)
+    reward = np.asarray(batch.reward)
+    for game in range(n):
+        for t in range(steps):
+            if not alive[t, game].any():
+                continue
+            last = done[t - 1, game][alive[t - 1, game]].mean(0) if t else np.zeros(21)
+            np.testing.assert_allclose(back(team)[game, t, 0], last, atol=1e-6)
+        for agent in range(agents):
+            lived = alive[:, game, agent]
+            found = back(target)[game, lived, agent]
+            discounted = [
+                sum(0.95**k * r for k, r in enumerate(reward[lived, game, agent][t:]))
+                for t in range(lived.sum())
+            ]
+            np.testing.assert_allclose(found, discounted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(back(keep), np.swapaxes(alive, 0, 1))
+    assert of_groups.shape[-1] == 2 * 21
+    params = jax.tree.map(lambda p: p[None], player._asdict())
+    errors = evaluation.noise(s, params)
+    assert set(errors) == {"none", "team", "groups", "variance"}
+    assert min(errors.values()) > 0

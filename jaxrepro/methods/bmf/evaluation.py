@@ -103,7 +103,7 @@ def noise(s: Parts, params: Mapping[str, Any]) -> dict[str, float]:
     for k, seed in enumerate(s.seeds):
         games, critics = jax.random.split(step_key(seed, "noise", 0))
         *rows, keep = jax.device_get(program(learnt(params, k), games))
-        x, team, of_groups, target = (row[keep] for row in rows)
+        x, team, of_groups, target = (jnp.asarray(row[keep]) for row in rows)
         held = int(len(target) * HELD_OUT)
         fields = {"team": team, "groups": of_groups}
         errors = diagnostics.aggregation_noise(critics, x, fields, target, test_share=HELD_OUT)
