@@ -54,15 +54,29 @@ def cut(monkeypatch, config, folder, stage):
     return run.run(config, folder)
 
 
-def test_a_run_without_groups_has_one_stage_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    config = tiny.config(algorithm="ac")
-    results = run.run(config, tmp_path / "whole")
-    assert {row["stage"] for row in metrics(tmp_path / "whole")} == {POLICY}
+@pytest.fixture(scope="module")
+def ungrouped(tmp_path_factory):
+    """A run of AC."""
+    folder = tmp_path_factory.mktemp("ac") / "whole"
+    return folder, run.run(tiny.config(algorithm="ac"), folder)
+
+
+def test_a_run_without_groups_has_one_stage_and_leaves_a_film(ungrouped):
+    folder, results = ungrouped
+    assert {row["stage"] for row in metrics(folder)} == {POLICY}
     assert results["test/self/n"] == 4 and "test/vae/kl_per_dim" not in results
-    with Image.open(tmp_path / "whole" / "films" / "self.gif") as gif:
+    with Image.open(folder / "films" / "self.gif") as gif:
         assert 1 < gif.n_frames <= 9
+
+
+@pytest.mark.slow
+def test_a_run_without_groups_that_was_stopped_goes_on_bit_for_bit(
+    ungrouped, tmp_path, monkeypatch
+):
+    folder, results = ungrouped
+    config = tiny.config(algorithm="ac")
     assert cut(monkeypatch, config, tmp_path / "cut", POLICY) == results
-    a, b = (run.trained(config, tmp_path / name)[1]["policy"] for name in ("whole", "cut"))
+    a, b = (run.trained(config, at)[1]["policy"] for at in (folder, tmp_path / "cut"))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
 

@@ -154,7 +154,7 @@ def test_the_mixes_hold_every_loss_that_looks_across_a_batch():
 CUTS = [
     pytest.param("apart", 1, marks=pytest.mark.slow),
     pytest.param("apart", 4, marks=pytest.mark.slow),
-    ("across", 4),
+    pytest.param("across", 4, marks=pytest.mark.slow),
     pytest.param("unpaired", 4, marks=pytest.mark.slow),
 ]
 
@@ -178,13 +178,15 @@ def test_one_micro_batch_is_four(name):
     meshes.assert_same(stepped(name, 1)[0][0].opt, stepped(name, 4)[0][0].opt)
 
 
-@pytest.mark.parametrize("name", ["across", pytest.param("apart", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["across", "apart"])
 def test_token_means_are_of_the_whole_batch_in_micro_batches(name):
     rows = rows_for(name)
     mean = -np.asarray(scored(rows).lp)[:, 0].sum() / np.asarray(rows.length)[:, 0].sum()
     assert float(stepped(name, 4)[0][1]["loss/sft"]) == pytest.approx(float(mean), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["across", "unpaired"])
 def test_entropy_and_accuracy_of_tokens_are_those_of_all_logits(name):
     rows, metrics = rows_for(name), stepped(name, 4)[0][1]

@@ -105,7 +105,8 @@ def trained(small, tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", ["auto", pytest.param("live", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["auto", "live"])
 def test_a_run_is_held_to_the_reference_that_it_names(kind, trained, tmp_path):
     c = settings(reference__init_from=trained, reference__kind=kind)
     assert setting.reference(c, setting.mix(c)).kind == {"auto": "cached"}.get(kind, kind)

@@ -43,6 +43,7 @@ def test_numbers_may_be_traced(name):
         assert found.shape == (2, 4), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "key", "values"),
     [

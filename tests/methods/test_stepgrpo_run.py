@@ -314,6 +314,7 @@ def copied(files, tmp_path):
     return Path(shutil.copytree(files, tmp_path / "files"))
 
 
+@pytest.mark.slow
 def test_jsonl_files_and_a_model_folder_train_both_stages(files, tmp_path):
     c = on_files(files)
     s = run.prepare(c)
