@@ -36,7 +36,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     config.method = "bmf"
     config.seed = 0
     config.seeds = 1  # trained at once: seed, seed + 1, ...
-    config.steps = 160  # updates of the policy, each on `envs` whole episodes
+    config.steps = 320  # updates of the policy, each on `envs` whole episodes
     config.mesh = (1, 1, 1, 1)  # data (episodes), fsdp, sequence, tensor
     config.init_from = config_dict.placeholder(str)  # a workdir: its VAE is taken
     config.preset = "fixed"  # fixed, official
@@ -125,7 +125,10 @@ def get_claims(size: str = "tiny") -> dict:
                 f"typed/{name}/ratio"
                 for name in ("none", "mf", "bilevel", "mixed", "random", "true")
             ),
-            *(f"test/groups/{name}" for name in ("ari_position", "silhouette", "persistence")),
+            *(
+                f"test/groups/{name}"
+                for name in ("ari_position", "silhouette", "persistence", "pairs")
+            ),
             "test/vae/kl_per_dim",
             "test/vae/active_units",
             *(f"test/noise/{name}" for name in ("none", "team", "groups", "variance")),

@@ -49,8 +49,10 @@ def adjusted_rand(first: Int[Array, "a"], second: Int[Array, "a"], groups: int) 
     return jnp.where(span == 0, 1.0, (together - chance) / jnp.where(span == 0, 1, span))
 
 
-def persistence(before: Int[Array, "a"], after: Int[Array, "a"]) -> Float[Array, ""]:
-    """Of the pairs of survivors that shared a group before, the share that shares one after; 1 where there is none.
+def pairs_kept(
+    before: Int[Array, "a"], after: Int[Array, "a"]
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """(kept, pairs): how many pairs of survivors share a group before and after, and how many do before.
 
     Names of groups do not matter. -1: dead, or not yet grouped.
     """
@@ -58,8 +60,7 @@ def persistence(before: Int[Array, "a"], after: Int[Array, "a"]) -> Float[Array,
     pair = keep[:, None] & keep & ~jnp.eye(len(keep), dtype=bool)
     was = pair & (before[:, None] == before)
     still = was & (after[:, None] == after)
-    n = was.sum()
-    return jnp.where(n == 0, 1.0, still.sum() / jnp.maximum(n, 1))
+    return still.sum() // 2, was.sum() // 2
 
 
 def silhouette(
@@ -88,15 +89,13 @@ def silhouette(
 
 def group_report(
     labels: Int[Array, "a"],
-    before: Int[Array, "a"],
     z: Float[Array, "a d"],
     position: Float[Array, "a 2"],
     health: Float[Array, "a"],
     groups: int,
     key: PRNGKeyArray,
 ) -> dict[str, Array]:
-    """Scalars about the groups of one step: empty, largest, silhouette (of z), persistence since `before`, and the
-    adjusted Rand index against K-means of places (ari_position) and of health (ari_health)."""
+    """Scalars about the groups of one step: empty, largest, silhouette (of z), and the adjusted Rand index against K-means of places (ari_position) and of health (ari_health)."""
     alive = labels >= 0
     by_place, by_health = jax.random.split(key)
     place = kmeans(position, alive, groups, by_place).labels
@@ -106,7 +105,6 @@ def group_report(
         "empty": sizes["empty"].astype(jnp.float32),
         "largest": sizes["largest"],
         "silhouette": silhouette(z, labels, groups),
-        "persistence": persistence(before, labels),
         "ari_position": adjusted_rand(labels, place, groups),
         "ari_health": adjusted_rand(labels, state, groups),
     }

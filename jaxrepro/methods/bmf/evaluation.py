@@ -79,14 +79,12 @@ def _latents(plan, player, key):
     batch, _ = episodes(plan.game, (player, player), plan.steps, games)
     rows = training.vae_batch(player.policy, plan.setting, batch)
     seen = vae.vae_loss(player.vae, plan.setting, rows, keys[1])[1]
-    # groups at t are those that step t - 1 made; just after a grouping, so that they are of what is looked at
-    again = learning.second_grouping(plan)
-    t, labels = again or 1, batch.groups.labels
-    before = batch.view[t - 1], batch.features[t - 1], batch.action[t - 1]
+    # the groups of the first step, which hold for `group_interval` steps and in which everybody lives
+    labels = batch.groups.labels
+    before = batch.view[0], batch.features[0], batch.action[0]
     report = jax.vmap(partial(_report, plan.setting, player.vae))
-    of_groups = report(*before, labels[t], labels[1], jax.random.split(keys[2], plan.envs))
-    if again is None:
-        del of_groups["persistence"]  # there is no second grouping
+    of_groups = report(*before, labels[1], jax.random.split(keys[2], plan.envs))
+    of_groups |= learning.persistence(plan, labels)
     return {f"vae/{k}": v for k, v in seen.items()} | {
         f"groups/{k}": v.mean() for k, v in of_groups.items()
     }
@@ -129,12 +127,12 @@ def _seen_and_returned(plan, n, player, key):
     return [jnp.swapaxes(row, 0, 1).reshape(-1, *row.shape[3:]) for row in rows]
 
 
-def _report(setting, vae_params, view, features, action, labels, first, key):
+def _report(setting, vae_params, view, features, action, labels, key):
     x = networks.observation(setting, view, features)
     z = groups.latents(vae_params, setting, x, action, key)
     centre = view[:, view.shape[1] // 2, view.shape[2] // 2]
     health, place = centre[:, 2], features[:, -2:]
-    return diagnostics.group_report(labels, first, z, place, health, setting.groups, key)
+    return diagnostics.group_report(labels, z, place, health, setting.groups, key)
 
 
 def lines(results: Mapping[str, float]) -> list[str]:

@@ -239,18 +239,28 @@ def second_grouping(plan: Plan) -> int | None:
     return t if t < plan.steps else None
 
 
-def of_groups(plan: Plan, batch: Trajectories) -> dict[str, Float[Array, ""]]:
-    """Of the second grouping (the first, where there is no other): empty groups, the largest one's share.
+def persistence(plan: Plan, labels: Int[Array, "t e a"]) -> dict[str, Float[Array, ""]]:
+    """What the second grouping keeps of the first; nothing, where there is no second.
 
-    persistence: of the pairs that shared a group in the first, the share that does in the second.
+    pairs: those that shared a group and live, a mean over games. persistence: the share of them that still does. Games
+    in which no more live than there are groups count no pairs: there each is a group of its own.
     """
-    labels, t = batch.groups.labels, second_grouping(plan)
-    now = labels[1 if t is None else t]
-    sizes = jax.vmap(lambda x: diagnostics.group_sizes(x, plan.setting.groups))(now)
-    found = {
+    t = second_grouping(plan)
+    if t is None:
+        return {}
+    kept, pairs = jax.vmap(diagnostics.pairs_kept)(labels[1], labels[t])
+    enough = (labels[t] >= 0).sum(-1) > plan.setting.groups
+    total = lambda x: jnp.where(enough, x, 0).sum()
+    share = total(kept) / jnp.maximum(total(pairs), 1)
+    return {"persistence": share, "pairs": total(pairs) / len(pairs)}
+
+
+def of_groups(plan: Plan, batch: Trajectories) -> dict[str, Float[Array, ""]]:
+    """Of the first grouping: empty groups, the largest one's share; and how much the second keeps."""
+    labels = batch.groups.labels
+    sizes = jax.vmap(lambda x: diagnostics.group_sizes(x, plan.setting.groups))(labels[1])
+    kept = {f"group_{name}": value for name, value in persistence(plan, labels).items()}
+    return kept | {
         "group_empty": sizes["empty"].astype(jnp.float32).mean(),
         "group_largest": sizes["largest"].mean(),
     }
-    if t is not None:
-        found["group_persistence"] = jax.vmap(diagnostics.persistence)(labels[1], now).mean()
-    return found
