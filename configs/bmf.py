@@ -70,6 +70,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
     )
 
     config.eval = ConfigDict(dict(n=200, opponents=("random", "rush"), self_play=True))
+    config.eval.horizon = (
+        400  # steps of these games: the official code's, enough to hunt down who does not fight
+    )
     config.eval.tie = "half"  # both: a tie counts as a win of both sides, as the MF-Q authors do
     config.eval.noise = (
         16  # games for critics with and without mean fields (evaluation.py); 0: none

@@ -30,6 +30,7 @@ SETTINGS = {
     "vae.replay": 32,
     "eval.n": 4,
     "eval.opponents": (),  # itself
+    "eval.horizon": 8,
     "eval.noise": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 3,

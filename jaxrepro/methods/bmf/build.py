@@ -77,6 +77,7 @@ def check(config: Any) -> None:
         ("vae.warmup", v.warmup, 0),
         ("vae.batch", v.batch, 0),
         ("eval.n", config.eval.n, 2),
+        ("eval.horizon", config.eval.horizon, 2),
         ("eval.noise", config.eval.noise, 0),
         ("typed.seeds", config.typed.seeds, 0),
         ("collapse.steps", config.collapse.steps, 0),

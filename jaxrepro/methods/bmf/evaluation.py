@@ -56,12 +56,13 @@ def evaluate(s: Parts, params: Mapping[str, Any]) -> dict[str, float]:
 
 
 def play(s: Parts, player: Learnt, opponent: str, seed: int) -> arena.Tally:
-    """`eval.n` games of a seed's player."""
+    """`eval.n` games of a seed's player, of at most `eval.horizon` steps."""
     env = build.environment(s.config, side="left")
     against = s.plan.setting if opponent == build.SELF else opponent
-    game = Game(env, s.plan.game.params, (s.plan.setting, against))
+    steps = s.config.eval.horizon
+    game = Game(env, s.plan.game.params.replace(horizon=steps), (s.plan.setting, against))
     other = player if opponent == build.SELF else None
-    return arena.play(game, (player, other), n=s.config.eval.n, steps=s.plan.steps, seed=seed)
+    return arena.play(game, (player, other), n=s.config.eval.n, steps=steps, seed=seed)
 
 
 def latents(s: Parts, params: Mapping[str, Any]) -> dict[str, float]:
