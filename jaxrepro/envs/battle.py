@@ -84,8 +84,8 @@ class Battle(MultiAgentEnv):
     def __init__(
         self,
         map_size: Any = 40,
-        minimap: bool = True,
-        extra_features: bool = True,
+        minimap: Any = True,
+        extra_features: Any = True,
         resolution: str = "sequential",
         side: str = "left",
     ):
@@ -98,6 +98,9 @@ class Battle(MultiAgentEnv):
                 raise UserError(
                     f"{name}={value!r:.40} is unknown; choose one of {', '.join(choices)}"
                 )
+        for name, value in (("minimap", minimap), ("extra_features", extra_features)):
+            if not isinstance(value, bool):
+                raise UserError(f"{name}={value!r:.40} must be True or False")
         self.map_size, self.minimap, self.extra_features = map_size, minimap, extra_features
         self.resolution, self.side = resolution, side
         self.sizes = dict.fromkeys(self.teams, len(self.left))
@@ -165,9 +168,11 @@ class Battle(MultiAgentEnv):
     ) -> tuple[PerTeam, BattleState, PerTeam, PerTeam, dict[str, Any]]:
         """One step as `MultiAgentEnv` has it; nothing is truncated here.
 
-        actions: team -> (A,) integers 0 to 20; others stay, as do the dead. attack_order: a permutation of all
+        actions: team -> (A,) integers 0 to 20; others are refused where they are known, and inside jit they stay, as do
+        the dead. attack_order: a permutation of all
         agents, who strikes first (those who do not attack count for nothing); None draws it from the key.
         """
+        self.check_known(actions)
         given = self.join(actions).astype(jnp.int32)
         before = state.alive
         action = jnp.where((given >= 0) & (given < rules.NUM_ACTIONS) & before, given, rules.STAY)

@@ -102,8 +102,10 @@ class Ising(MultiAgentEnv):
     def step_env(
         self, key: Key, state: IsingState, actions: PerTeam, params: IsingParams
     ) -> tuple[PerTeam, IsingState, PerTeam, PerTeam, dict[str, Any]]:
-        """All sites take their spins at once; the key is not used."""
-        spin = (2 * actions[TEAM].astype(jnp.int32) - 1).reshape(state.spin.shape)
+        """All sites take their spins at once; the key is not used. Inside jit, what is no action keeps the spin."""
+        self.check_known(actions)
+        given = actions[TEAM].reshape(state.spin.shape)
+        spin = jnp.where(given == 1, 1, jnp.where(given == 0, -1, state.spin))
         around = neighbour_sum(spin if self.reward_on == "new" else state.spin)
         state = IsingState(spin, state.time + 1)
         everyone = jnp.ones(self.sizes[TEAM], bool)

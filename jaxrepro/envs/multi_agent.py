@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, UInt32
 
 from jaxrepro.config import UserError
+from jaxrepro.ops.checks import known
 
 Key = PRNGKeyArray | UInt32[Array, "2"]  # a typed key, or the raw one that older code makes
 PerTeam = Mapping[str, Any]  # team -> array or pytree of arrays (A_team, ...)
@@ -45,14 +46,18 @@ class MultiAgentEnv(abc.ABC):
 
     @property
     def static(self) -> tuple[Any, ...]:
-        """What tells two environments of a class apart; those that equal share their compiled programs."""
+        """What tells two environments of this very class apart; those that equal share their compiled programs."""
         return (id(self),)
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.static == other.static
+        return type(other) is type(self) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
-        return hash((type(self), self.static))
+        return hash((type(self), self._identity()))
+
+    def _identity(self):
+        # a subclass may have more attributes than the class knows whose `static` it inherits
+        return self.static if "static" in vars(type(self)) else id(self)
 
     @property
     @abc.abstractmethod
@@ -143,6 +148,11 @@ class MultiAgentEnv(abc.ABC):
                     f"action {given[wrong[0]]} of {team} {wrong[0]} is outside 0..{last}; "
                     f"choose one of {last + 1} actions"
                 )
+
+    def check_known(self, actions: Any) -> None:
+        """`check_actions` of what is no traced array."""
+        if all(known(x) is not None for x in jax.tree.leaves(actions)):
+            self.check_actions(actions)
 
     def _check(self, per_team, axis):
         if not isinstance(per_team, Mapping) or set(per_team) != set(self.teams):

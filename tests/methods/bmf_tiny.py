@@ -26,6 +26,7 @@ SETTINGS = {
     "bmf.group_interval": 3,
     "vae.steps": 2,
     "vae.updates": 2,
+    "vae.warmup": 1,
     "vae.batch": 16,
     "vae.replay": 32,
     "eval.n": 4,

@@ -78,6 +78,9 @@ def test_an_interval_over_teams_covers_what_both_sides_vary_by():
     half = 4.302653 * 0.1 / 3**0.5
     assert (one.lo, one.hi) == pytest.approx((0.4 - half, 0.4 + half))
     assert not tournament.over_teams([[0.5]]).resolved
+    assert not tournament.over_teams(
+        [[0.5, 0.5]] * 2
+    ).resolved  # alike: it has not shrunk to a point
 
 
 def test_an_odd_number_of_games_is_refused():
@@ -125,10 +128,16 @@ def test_teams_of_different_maps_do_not_play(runs, tmp_path, capsys):
     assert "other#0 was trained on another map" in capsys.readouterr().err
     assert tournament.main([str(runs / "plain"), str(runs / "plain"), "rush"]) == 2
     assert "plain#0 is named twice" in capsys.readouterr().err
+    again = runs / ".." / runs.name / "plain"
+    assert tournament.main([str(runs / "plain"), str(again), "rush"]) == 2
+    assert "plain#0 is named twice" in capsys.readouterr().err
+    run.run(tiny.config(algorithm="ac", steps=2), tmp_path / "longer")
+    assert tournament.main([str(runs / "plain"), str(tmp_path / "longer"), "rush"]) == 2
+    assert "are both ac and differ in how they learnt" in capsys.readouterr().err
     assert tournament.main([str(runs / "plain")]) == 2
     assert "two entries or more are needed" in capsys.readouterr().err
     assert tournament.main([f"a={runs / 'plain'}", f"a={runs / 'mean'}", "rush"]) == 2
-    assert "are both a and differ in their settings; give them names" in capsys.readouterr().err
+    assert "are both a and differ in how they learnt; give them names" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -136,6 +145,8 @@ def test_teams_of_different_maps_do_not_play(runs, tmp_path, capsys):
     [
         (["nowhere", "rush"], "nowhere is no workdir of a run, nor one of random, rush"),
         (["random", "rush"], "only scripts are to play; name a workdir"),
+        (["a/b=random", "rush"], "a/b=random: NAME of NAME=RUN must be a word without /"),
+        (["=random", "rush"], "=random: NAME of NAME=RUN must be a word without /"),
     ],
 )
 def test_what_cannot_play_is_one_line(words, message, capsys):

@@ -87,21 +87,34 @@ def test_aggregation_noise_is_what_the_mean_field_hides():
     fields = {"mf": f(m.mean(1)[:, None]), "true_groups": f(np.stack([own, m.mean(1)], 1))}
     found = diagnostics.aggregation_noise(
         jax.random.key(0), f(np.eye(k)[kind]), fields, f(own + 0.3 * rng.normal(size=n)),
-        hidden=16, steps=600, lr=3e-3,
+        held_out=1_500, hidden=16, steps=600, lr=3e-3,
     )  # fmt: skip
-    assert list(found) == ["none", "mf", "true_groups"]
+    assert list(found) == ["none", "mf", "true_groups", "constant"]
+    np.testing.assert_allclose(found["constant"], 1.09, rtol=0.12)
     # 1,500 held-out rows: a mean square has a relative standard error of sqrt(2 / 1500) = 0.037
     np.testing.assert_allclose(found["none"], 1.09, rtol=0.12)
     np.testing.assert_allclose(found["mf"], 0.84, rtol=0.12)
     np.testing.assert_allclose(found["true_groups"], 0.09, rtol=0.2)
 
 
+@pytest.mark.slow
+def test_a_critic_that_can_learn_nothing_stops_where_it_is_no_worse_than_a_constant():
+    """200 inputs of pure noise and 300 rows: who learns to the end of its steps does far worse."""
+    rng = np.random.default_rng(1)
+    x, y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((400, 200), 400))
+    found = diagnostics.aggregation_noise(jax.random.key(0), x, {}, y, held_out=100, lr=1e-2)
+    assert found["none"] < 1.15 * found["constant"]
+
+
 def test_data_that_cannot_be_split_or_named_is_refused():
     x, y = jnp.zeros((4, 2)), jnp.zeros(4)
     noise = functools.partial(diagnostics.aggregation_noise, jax.random.key(0), x)
-    with pytest.raises(UserError, match=r"test_share=0\.1 of 4 rows leaves 0 to test"):
-        noise({}, y, test_share=0.1)
+    for held in (0, 3):
+        with pytest.raises(
+            UserError, match=f"held_out={held} of 4 rows leaves {4 - held} to learn"
+        ):
+            noise({}, y, held_out=held)
     with pytest.raises(UserError, match="mean_fields has 'none', which is added here"):
-        noise({"none": x}, y)
+        noise({"none": x}, y, held_out=1)
     with pytest.raises(UserError, match="mf has 3 rows and target 4; give the same rows"):
-        noise({"mf": x[:3]}, y)
+        noise({"mf": x[:3]}, y, held_out=1)

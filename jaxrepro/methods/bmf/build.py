@@ -1,6 +1,5 @@
 """A config as the parts of a run: environment, setting, mesh; everything is checked here, before anything is written."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from jaxrepro.methods.bmf.rollout import SCRIPTS, Game
 from jaxrepro.methods.bmf.setting import Setting
 from jaxrepro.train.state import step_key
 
+LARGEST = 1e6  # of a reward, in size
 REWARDS = {  # of config.env -> of BattleParams
     "step_reward": "step_reward",
     "dead_reward": "dead_penalty",
@@ -78,7 +78,6 @@ def check(config: Any) -> None:
         ("vae.batch", v.batch, 0),
         ("eval.n", config.eval.n, 2),
         ("eval.horizon", config.eval.horizon, 2),
-        ("eval.noise", config.eval.noise, 0),
         ("typed.seeds", config.typed.seeds, 0),
         ("collapse.steps", config.collapse.steps, 0),
     )
@@ -107,6 +106,10 @@ def check(config: Any) -> None:
         raise UserError(f"eval.opponents={', '.join(unknown)}: {', '.join(SCRIPTS)} are known")
     if config.eval.tie not in arena.TIES:
         raise UserError(f"eval.tie={config.eval.tie!r}: {' or '.join(arena.TIES)}")
+    if config.eval.noise and config.eval.noise < 4:
+        raise UserError(
+            f"eval.noise={config.eval.noise} games: a quarter of them is held out; use 4 or more, or 0 for none"
+        )
     if config.eval.n % 2:
         raise UserError(
             f"eval.n={config.eval.n}: half of the games are played from each side; use an even number"
@@ -116,14 +119,18 @@ def check(config: Any) -> None:
             f"algorithm={config.algorithm} groups agents by a VAE: set vae.steps above 0, or init_from to a run that "
             "trained one"
         )
+    if setting.grouped and v.steps and v.warmup > v.steps:
+        raise UserError(
+            f"vae.warmup={v.warmup} of vae.steps={v.steps}: beta would never reach its value; use at most {v.steps}"
+        )
     if setting.mask_id_features and not config.env.extra_features:
         raise UserError(
             "bmf.mask_id_features=true without env.extra_features: there are no bits of an index to mask; set one of the two"
         )
     for name in REWARDS:
         value = config.env[name]
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"env.{name}={value}; a reward must be a finite number")
+        if value is not None and not abs(value) <= LARGEST:
+            raise UserError(f"env.{name}={value}; a reward must be a number up to {LARGEST:g}")
     if not config.steps and config.init_from:
         raise UserError(
             f"steps=0 with init_from={config.init_from}: its VAE is there and no policy is to be trained; set steps above 0"
@@ -162,7 +169,7 @@ def plan_of(config: Any) -> Plan:
         updates=v.updates,
         batch=v.batch,
         replay=v.replay if v.batch else 0,
-        warmup=v.warmup,
+        warmup=v.warmup if setting.vae_reduction == "fixed" else 0,
         micro_batches=config.micro_batches,
     )
 

@@ -20,6 +20,9 @@ from jaxrepro.methods.bmf.kmeans import kmeans
 from jaxrepro.methods.bmf.layers import Dense
 
 NOTHING = "none"  # the input of a critic that sees its own observation alone
+CONSTANT = "constant"  # the error of the best that sees nothing at all
+VALIDATION = 0.2  # of the rows that are not held out: they choose how long a critic learns
+BETWEEN = 50  # steps between two looks at them
 
 
 def group_sizes(labels: Int[Array, "a"], groups: int) -> dict[str, Array]:
@@ -126,7 +129,7 @@ def aggregation_noise(
     mean_fields: Mapping[str, Array],
     target: Float[Array, "n"],
     *,
-    test_share: float = 0.25,
+    held_out: int,
     hidden: int = 64,
     steps: int = 2000,
     batch: int = 256,
@@ -134,19 +137,19 @@ def aggregation_noise(
 ) -> dict[str, Array]:
     """Held-out mean squared error of critics that see the same observations and different mean fields.
 
-    mean_fields: by name, such as "mf", "bmf", "true_groups"; "none" (zeros) is added. All critics have the same
-    initial trunk, rows and order of rows, and a linear decay of Adam's rate to 0; where widths differ the narrower
-    input is padded with zeros. The held-out rows are the last ones, so rows of one episode should lie together.
+    mean_fields: by name, such as "mf", "bmf", "true_groups"; "none" (zeros) is added, and "constant", the error of the
+    mean of the rows that are learnt from: a critic that does no better has learnt nothing. All critics have the same
+    initial trunk, rows and order of rows; where widths differ the narrower input is padded with zeros. The last `held_out`
+    rows are for the test, and those before them choose when to stop (`VALIDATION` of the rest), so rows of one episode should lie together.
     Errors: UserError where a part of the rows would be empty, a name is taken, or lengths differ.
     """
     n = len(target)
-    held = int(n * test_share)
-    if not 0 < held < n:
+    if not 0 < held_out < n - 1:
         raise UserError(
-            f"test_share={test_share} of {n} rows leaves {held} to test and {n - held} to train; use a share that leaves both"
+            f"held_out={held_out} of {n} rows leaves {n - held_out} to learn from; use 1 to {max(n - 2, 1)}"
         )
-    if NOTHING in mean_fields:
-        raise UserError(f"mean_fields has {NOTHING!r}, which is added here; use another name")
+    if taken := sorted({NOTHING, CONSTANT} & {*mean_fields}):
+        raise UserError(f"mean_fields has {taken[0]!r}, which is added here; use another name")
     for name, x in {"observation": observation, **mean_fields}.items():
         if len(x) != n:
             raise UserError(f"{name} has {len(x)} rows and target {n}; give the same rows")
@@ -159,13 +162,14 @@ def aggregation_noise(
         observation,
         stacked,
         target,
-        held=held,
+        held=held_out,
         hidden=hidden,
         steps=steps,
-        batch=min(batch, n - held),
+        batch=min(batch, n - held_out),
         lr=lr,
     )
-    return dict(zip([NOTHING, *flat], errors))
+    constant = ((target[n - held_out :] - target[: n - held_out].mean()) ** 2).mean()
+    return dict(zip([NOTHING, *flat], errors)) | {CONSTANT: constant}
 
 
 @partial(jax.jit, static_argnames=("held", "hidden", "steps", "batch", "lr"))
@@ -182,21 +186,31 @@ def _fit(
     lr,
 ) -> Float[Array, "m"]:
     n, critic = len(target) - held, _Critic(hidden)
+    learnt = n - max(int(n * VALIDATION), 1)
     draw, order = jax.random.split(key)
-    rule = optax.adam(optax.linear_schedule(lr, 0.0, steps))
+    rule = optax.adam(lr)
 
     def one(field):
         x = jnp.concatenate([observation, field], 1)
         params = critic.init(draw, x[0])
+        error = lambda p, a, b: ((critic.apply(p, x[a:b]) - target[a:b]) ** 2).mean()
 
         def step(carry, i):
             params, opt = carry
-            rows = jax.random.randint(jax.random.fold_in(order, i), (batch,), 0, n)
+            rows = jax.random.randint(jax.random.fold_in(order, i), (batch,), 0, learnt)
             wrong = lambda p: ((critic.apply(p, x[rows]) - target[rows]) ** 2).mean()
             change, opt = rule.update(jax.grad(wrong)(params), opt)
             return (optax.apply_updates(params, change), opt), None
 
-        params = jax.lax.scan(step, (params, rule.init(params)), jnp.arange(steps))[0][0]
-        return ((critic.apply(params, x[n:]) - target[n:]) ** 2).mean()
+        def stretch(carry, i):
+            (params, opt), least, chosen = carry
+            now, _ = jax.lax.scan(step, (params, opt), i * BETWEEN + jnp.arange(BETWEEN))
+            found = error(now[0], learnt, n)
+            chosen = jax.tree.map(lambda a, b: jnp.where(found < least, a, b), now[0], chosen)
+            return (now, jnp.minimum(found, least), chosen), None
+
+        begin = (params, rule.init(params)), error(params, learnt, n), params
+        chosen = jax.lax.scan(stretch, begin, jnp.arange(-(-steps // BETWEEN)))[0][2]
+        return error(chosen, n, None)
 
     return jax.vmap(one)(stacked)

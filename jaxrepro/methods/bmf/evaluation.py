@@ -28,7 +28,7 @@ from jaxrepro.methods.bmf.build import Parts
 from jaxrepro.methods.bmf.rollout import Game, Learnt, episodes
 from jaxrepro.train.state import step_key
 
-HELD_OUT = 0.25  # of the games that critics are fitted to
+GAMES = 16  # that tell what VAE and groups are
 SHOWN = ("win", "kills", "losses", "tie", "attack_rate")
 
 
@@ -66,46 +66,59 @@ def play(s: Parts, player: Learnt, opponent: str, seed: int) -> arena.Tally:
 
 
 def latents(s: Parts, params: Mapping[str, Any]) -> dict[str, float]:
-    """Whether the VAE says anything (`vae.monitor`), and what the groups are: means over the seeds, games not learnt from."""
+    """Whether the VAE says anything (`vae.monitor`), and what the groups are, in `GAMES` games that were not learnt from.
+
+    Means over the seeds. groups/...: of the first grouping, in the step that made it; groups/amid/...: of the groups that
+    the same agents have in the middle of their game. groups/persistence is left out where no pair is left to keep.
+    """
     program = jax.jit(partial(_latents, s.plan))
     found = [
         program(learnt(params, k), step_key(seed, "test", 0)) for k, seed in enumerate(s.seeds)
     ]
-    return {name: float(jnp.stack([f[name] for f in found]).mean()) for name in found[0]}
+    found = {name: float(jnp.stack([f[name] for f in found]).mean()) for name in found[0]}
+    kept = found.pop("groups/pairs_kept", 0.0)
+    if found.get("groups/pairs"):
+        found["groups/persistence"] = kept / found["groups/pairs"]
+    return found
 
 
 def _latents(plan, player, key):
     keys = jax.random.split(key, 3)
-    games = jax.random.split(keys[0], plan.envs)
-    batch, _ = episodes(plan.game, (player, player), plan.steps, games)
+    batch, score = episodes(
+        plan.game, (player, player), plan.steps, jax.random.split(keys[0], GAMES)
+    )
     rows = training.vae_batch(player.policy, plan.setting, batch)
     seen = vae.vae_loss(player.vae, plan.setting, rows, keys[1])[1]
-    # the groups of the first step, which hold for `group_interval` steps and in which everybody lives
-    labels = batch.groups.labels
-    before = batch.view[0], batch.features[0], batch.action[0]
+    found = {f"vae/{k}": v for k, v in seen.items()}
     report = jax.vmap(partial(_report, plan.setting, player.vae))
-    of_groups = report(*before, labels[1], jax.random.split(keys[2], plan.envs))
-    of_groups |= learning.persistence(plan, labels)
-    return {f"vae/{k}": v for k, v in seen.items()} | {
-        f"groups/{k}": v.mean() for k, v in of_groups.items()
-    }
+    middle = jnp.maximum(score.steps // 2, 1)
+    for where, t in (("groups", jnp.ones_like(middle)), ("groups/amid", middle)):
+        # groups at t are those that step t - 1 made or kept
+        at = lambda x, t: x[t, jnp.arange(GAMES)]
+        before = (at(x, t - 1) for x in (batch.view, batch.features, batch.action))
+        labels = jnp.where(at(batch.mask, t - 1), at(batch.groups.labels, t), -1)
+        numbers = report(*before, labels, jax.random.split(keys[2], GAMES))
+        found |= {f"{where}/{k}": v.mean() for k, v in numbers.items()}
+    return found | {f"groups/{k}": v for k, v in learning.pairs(plan, batch).items()}
 
 
 def noise(s: Parts, params: Mapping[str, Any]) -> dict[str, float]:
     """Held-out squared errors of critics of the return (`diagnostics.aggregation_noise`), means over the seeds.
 
     none, team, groups: what they see beside the observation, in `eval.noise` games of a player against itself, of which
-    the last quarter is held out. variance: of those returns.
+    the last quarter is held out. constant: of one number for all; variance: of the held-out returns.
     """
-    program = jax.jit(partial(_seen_and_returned, s.plan, s.config.eval.noise))
+    games = s.config.eval.noise
+    program = jax.jit(partial(_seen_and_returned, s.plan, games))
     found = []
     for k, seed in enumerate(s.seeds):
-        games, critics = jax.random.split(step_key(seed, "noise", 0))
-        *rows, keep = jax.device_get(program(learnt(params, k), games))
+        played, critics = jax.random.split(step_key(seed, "noise", 0))
+        *rows, keep = jax.device_get(program(learnt(params, k), played))
         x, team, of_groups, target = (jnp.asarray(row[keep]) for row in rows)
-        held = int(len(target) * HELD_OUT)
-        fields = {"team": team, "groups": of_groups}
-        errors = diagnostics.aggregation_noise(critics, x, fields, target, test_share=HELD_OUT)
+        held = keep.reshape(games, -1)[-(games // 4) :].sum()
+        errors = diagnostics.aggregation_noise(
+            critics, x, {"team": team, "groups": of_groups}, target, held_out=int(held)
+        )
         found.append({**errors, "variance": target[len(target) - held :].var()})
     return {name: float(np.mean([f[name] for f in found])) for name in found[0]}
 

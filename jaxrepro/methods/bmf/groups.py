@@ -179,9 +179,11 @@ def mean_field_input(
         others = _of_group(state.count[..., None], state.labels) - 1
         rest = (intra * (others + 1) - state.own) / jnp.maximum(others, 1)
         intra = jnp.where(others > 0, rest, 0)
-    if not setting.grouped:
-        return (intra,) * max(len(setting.towers), 1)
     zero = jnp.zeros_like(intra)
+    if not setting.grouped:
+        if len(setting.towers) < 2:
+            return (intra,)
+        return tuple(intra if setting.levels in ("both", name) else zero for name in setting.towers)
     if setting.levels == "intra":
         return intra, zero
     inter = _inter(params, setting, state, intra)

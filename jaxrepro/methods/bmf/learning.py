@@ -239,27 +239,30 @@ def second_grouping(plan: Plan) -> int | None:
     return t if t < plan.steps else None
 
 
-def persistence(plan: Plan, labels: Int[Array, "t e a"]) -> dict[str, Float[Array, ""]]:
-    """What the second grouping keeps of the first; nothing, where there is no second.
+def pairs(plan: Plan, batch: Trajectories) -> dict[str, Float[Array, ""]]:
+    """What the second grouping keeps of the first, as means over games; nothing, where there is no second.
 
-    pairs: those that shared a group and live, a mean over games. persistence: the share of them that still does. Games
-    in which no more live than there are groups count no pairs: there each is a group of its own.
+    pairs: those that shared a group in the first and live when the second is made. pairs_kept: those of them that share
+    one again. Games that are over by then have none, nor have those in which no more live than there are groups: there
+    each is a group of its own.
     """
     t = second_grouping(plan)
     if t is None:
         return {}
-    kept, pairs = jax.vmap(diagnostics.pairs_kept)(labels[1], labels[t])
-    enough = (labels[t] >= 0).sum(-1) > plan.setting.groups
-    total = lambda x: jnp.where(enough, x, 0).sum()
-    share = total(kept) / jnp.maximum(total(pairs), 1)
-    return {"persistence": share, "pairs": total(pairs) / len(pairs)}
+    first, second = batch.groups.labels[1], batch.groups.labels[t]
+    # in a game that is over labels stand still; what made the second grouping is step t - 1
+    second = jnp.where(batch.mask[t - 1], second, -1)
+    kept, there = jax.vmap(diagnostics.pairs_kept)(first, second)
+    enough = (second >= 0).sum(-1) > plan.setting.groups
+    mean = lambda x: jnp.where(enough, x, 0).mean()
+    return {"pairs": mean(there), "pairs_kept": mean(kept)}
 
 
 def of_groups(plan: Plan, batch: Trajectories) -> dict[str, Float[Array, ""]]:
-    """Of the first grouping: empty groups, the largest one's share; and how much the second keeps."""
+    """Of the first grouping: empty groups, the largest one's share; and what the second keeps of it."""
     labels = batch.groups.labels
     sizes = jax.vmap(lambda x: diagnostics.group_sizes(x, plan.setting.groups))(labels[1])
-    kept = {f"group_{name}": value for name, value in persistence(plan, labels).items()}
+    kept = {f"group_{name}": value for name, value in pairs(plan, batch).items()}
     return kept | {
         "group_empty": sizes["empty"].astype(jnp.float32).mean(),
         "group_largest": sizes["largest"].mean(),

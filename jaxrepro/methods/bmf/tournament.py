@@ -35,15 +35,19 @@ class Team(NamedTuple):
     player: Any  # Setting, or a script's name
     learnt: Learnt | None
     game: Any  # (environment, rewards and horizon); None of a script
+    training: Any = None  # what else of its config must be alike among seeds
 
 
 def load(word: str) -> list[Team]:
     """The teams of RUN or NAME=RUN, one a seed; a script's name is a team. UserError for what is neither."""
     name, named, source = word.partition("=")
-    source = source if named else word
+    if not named or Path(word).is_dir():  # a folder's name may hold the sign
+        name, source = "", word
+    elif not name or "/" in name:
+        raise UserError(f"{word}: NAME of NAME=RUN must be a word without /")
     if source in SCRIPTS:
-        return [Team(name, source, source, None, None)]
-    path = Path(source)
+        return [Team(name or source, source, source, None, None)]
+    path = Path(source).resolve()
     if not (path / "config.json").is_file():
         raise UserError(f"{source} is no workdir of a run, nor one of {', '.join(SCRIPTS)}")
     config = configuration.saved(path / "config.json")
@@ -53,10 +57,12 @@ def load(word: str) -> list[Team]:
         config.mesh = (1, 1, 1, 1)
     s, params = run.trained(config, path)
     entry = config.algorithm + ("" if config.preset == "fixed" else f" ({config.preset})")
-    entry = name if named else entry
+    entry = name or entry
     where = build.environment(config, side="left"), s.plan.game.params
+    training = {key: config[key] for key in ("steps", "envs")} | {"vae": config.vae.to_dict()}
+    training["new policy"] = bool(config.init_from)  # whose VAE differs from seed to seed
     return [
-        Team(entry, f"{path}#{seed}", s.plan.setting, evaluation.learnt(params, k), where)
+        Team(entry, f"{path}#{seed}", s.plan.setting, evaluation.learnt(params, k), where, training)
         for k, seed in enumerate(s.seeds)
     ]
 
@@ -87,9 +93,10 @@ def tournament(
         names = [team.name for team in found]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise UserError(f"{twice[0]} is named twice; name each run once")
-        if other := [team for team in found if team.player != found[0].player]:
+        learnt = lambda team: (team.player, team.training)
+        if other := [team for team in found if learnt(team) != learnt(found[0])]:
             raise UserError(
-                f"{found[0].name} and {other[0].name} are both {name} and differ in their settings; give them names, as in "
+                f"{found[0].name} and {other[0].name} are both {name} and differ in how they learnt; give them names, as in "
                 f"{name}-a=RUN {name}-b=RUN"
             )
     if len(entries) < 2:
@@ -147,8 +154,8 @@ def over_teams(points: Any) -> stats.Interval:
     mean, nan = float(x.mean()), float("nan")
     if not parts:
         return stats.Interval(mean, nan, nan, 1)
-    if variance == 0:
-        return stats.Interval(mean, mean, mean, x.size)
+    if variance == 0:  # all alike: nothing says how much others would differ
+        return stats.Interval(mean, nan, nan, x.size)
     freedom = variance**2 / sum(v**2 / df for v, df in parts)
     half = float(stdtrit(freedom, (1 + stats.LEVEL) / 2) * np.sqrt(variance))
     return stats.Interval(mean, max(mean - half, 0.0), min(mean + half, 1.0), x.size)
