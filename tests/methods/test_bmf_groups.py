@@ -124,6 +124,21 @@ def test_one_group_is_the_mean_field_of_the_team_bit_for_bit(form, inter, alone)
         np.testing.assert_allclose(b[0][0], right[1:].sum(0) / 5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("levels", "kept"), [("both", (1, 1)), ("intra", (1, 0)), ("inter", (0, 1))]
+)
+def test_the_mean_of_the_team_takes_the_towers_that_levels_leaves(levels, kept):
+    """So that it is the control of BMF with that level alone."""
+    setting = small(algorithm="mf_ac_plus", levels=levels)
+    first = groups.init_groups(setting, AGENTS, ACTIONS, SIZE)
+    new = groups.update_groups(None, setting, first, 0, X, TAKEN, ALIVE, KEY)
+    mean = np.eye(ACTIONS)[np.asarray(TAKEN)][np.asarray(ALIVE)].mean(0)
+    found = groups.mean_field_input({}, setting, new)
+    for vectors, keep in zip(found, kept, strict=True):
+        for row in np.asarray(vectors)[np.asarray(ALIVE)]:
+            np.testing.assert_allclose(row, keep * mean, atol=1e-6)
+
+
 SETTINGS = {
     "official": small("official"),
     "attention": small(),

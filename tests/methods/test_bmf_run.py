@@ -1,11 +1,13 @@
 """The BMF run: stages, what it writes, resume, seeds side by side, devices, and what it refuses."""
 
+import dataclasses
 import json
 import sys
 from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,8 +16,10 @@ from jaxrepro import cli, evaluate, launch, sample
 from jaxrepro.config import UserError
 from jaxrepro.envs import replay
 from jaxrepro.envs.battle import Battle
-from jaxrepro.methods.bmf import build, evaluation, learning, run
+from jaxrepro.methods.bmf import build, evaluation, learning, run, training
+from jaxrepro.methods.bmf.groups import GroupState
 from jaxrepro.methods.bmf.learning import POLICY, VAE
+from jaxrepro.methods.bmf.objective import Trajectories
 from jaxrepro.methods.bmf.rollout import episodes
 from jaxrepro.train.checkpoint import Checkpoints
 from jaxrepro.train.state import State
@@ -266,6 +270,48 @@ def test_the_official_opponent_keeps_a_vae_of_its_own():
     )
     assert after["extra"] == {"opponent": 4.0, "opponent_vae": 5.0}
     assert begin(tiny.parts())["extra"]["opponent_vae"] is None
+
+
+def test_pairs_count_in_games_that_go_on_and_have_more_agents_than_groups():
+    """Groups 0 0 0 1 1 1 at first; made anew in step 2 (seen in step 3) as 0 0 1 1 1 0: of 6 pairs 2 are kept."""
+    s = tiny.parts(**{"bmf.groups": 2, "bmf.group_interval": 2})
+    first, second = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 0, 1, 1, 1, 0])
+    one = np.ones((5, 3, 6), bool)
+    labels = np.stack([first, first, first, second, second])[:, None].repeat(3, 1)
+    mask = one.copy()
+    mask[2:, 1] = False  # over before the second grouping, and its labels stand still
+    labels[3:, 1] = first
+    mask[1:, 2, 2:] = False  # two live on: each is a group
+    labels[3:, 2] = [0, 1, -1, -1, -1, -1]
+    groups = GroupState(jnp.asarray(labels), None, None, None, None)
+    nothing = Trajectories(*[None] * len(Trajectories._fields))
+    batch = nothing._replace(groups=groups, mask=jnp.asarray(mask))
+    found = learning.pairs(s.plan, batch)
+    assert float(found["pairs"]) == pytest.approx(6 / 3)
+    assert float(found["pairs_kept"]) == pytest.approx(2 / 3)
+    once = dataclasses.replace(s.plan, steps=3)
+    assert learning.pairs(once, batch) == {}
+
+
+def test_beta_rises_to_its_value_and_not_with_the_official_reduction():
+    warm = lambda **changes: tiny.parts(**{"vae.warmup": 2, **changes}).plan
+    assert warm().warmup == 2 and warm(**{"bmf.vae_reduction": "official"}).warmup == 0
+    plan = dataclasses.replace(warm(), warmup=4, updates=1, batch=0)
+    half = dataclasses.replace(
+        plan, warmup=0, setting=dataclasses.replace(plan.setting, beta=plan.setting.beta / 2)
+    )
+    rng = np.random.default_rng(0)
+    shapes = learning.init_replay(dataclasses.replace(plan, batch=16)).rows
+    rows = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0, 1, x.shape), x.dtype), shapes)
+    rows = rows._replace(mask=jnp.ones(len(rows.mask), bool))
+    params = tiny.learnt(tiny.parts()).vae
+    learnt = []
+    for p, step in ((plan, 1), (half, 1), (plan, 3), (plan, 9)):
+        state = training.vae_state(params, plan.setting).replace(step=jnp.int32(step))
+        after = learning.update_vae(p, state, {"replay": None}, rows, jax.random.key(0))[0]
+        learnt.append(np.asarray(after.params["encoder"]["mean"]["kernel"]))
+    np.testing.assert_allclose(learnt[0], learnt[1], rtol=1e-5)  # 2 of 4 steps
+    np.testing.assert_array_equal(learnt[2], learnt[3])  # the whole of beta from the fourth on
 
 
 def test_the_buffer_is_a_ring_of_living_agents():

@@ -259,6 +259,14 @@ def test_actions_outside_the_range_are_refused_on_the_host():
     for bad in (-1, 21):
         with pytest.raises(UserError, match=rf"action {bad} of blue 1 is outside 0\.\.20"):
             env.check_actions(good | {"blue": np.array([6, bad])})
+    _, state, _ = begin(12)
+    with pytest.raises(UserError, match=r"action 99 of red 0 is outside 0\.\.20"):
+        env.step_env(KEY, state, good | {"red": np.array([99, 0])}, OFFICIAL)
+
+
+def test_what_is_shown_is_chosen_by_true_or_false():
+    with pytest.raises(UserError, match="minimap='no' must be True or False"):
+        Battle(12, minimap="no")
 
 
 def test_an_order_that_is_no_permutation_is_refused():

@@ -174,3 +174,13 @@ def test_lattices_that_are_made_alike_are_equal():
 def test_an_unknown_reward_lists_the_known():
     with pytest.raises(UserError, match="reward_on 'old' is not one of new, observed"):
         Ising(reward_on="old")
+
+
+def test_what_is_no_spin_is_refused_and_keeps_the_spin_inside_jit():
+    env = Ising(4)
+    _, state = env.reset(jax.random.key(0), env.default_params)
+    wrong = {"spins": jnp.full(16, 5)}
+    with pytest.raises(UserError, match=r"action 5 of spins 0 is outside 0\.\.1"):
+        env.step_env(jax.random.key(0), state, wrong, env.default_params)
+    after = jax.jit(env.step_env)(jax.random.key(0), state, wrong, env.default_params)[1]
+    np.testing.assert_array_equal(after.spin, state.spin)

@@ -99,3 +99,29 @@ def test_actions_that_no_agent_has_are_refused(red, message):
     with pytest.raises(UserError, match=message) as error:
         env.check_actions({"red": np.array(red), "blue": np.array([1])})
     assert "\n" not in str(error.value)
+
+
+def test_environments_are_equal_only_where_their_class_says_what_tells_them_apart():
+    class Named(Teams):
+        @property
+        def static(self):
+            return self.actions
+
+    class Paid(Named):
+        """Has an attribute that the class above does not know."""
+
+        def __init__(self, pay):
+            super().__init__({"red": 1})
+            self.pay = pay
+
+    assert (
+        Named({"red": 1}) == Named({"red": 1})
+        and len({Named({"red": 1}, n) for n in (2, 2, 3)}) == 2
+    )
+    assert (
+        Paid(1) != Paid(2)
+        and Paid(1) != Named({"red": 1})
+        and Teams({"red": 1}) != Teams({"red": 1})
+    )
+    same = Paid(1)
+    assert same == same and hash(same) == hash(same)
