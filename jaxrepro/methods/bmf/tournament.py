@@ -36,6 +36,7 @@ class Team(NamedTuple):
     learnt: Learnt | None
     game: Any  # (environment, rewards and horizon); None of a script
     training: Any = None  # what else of its config must be alike among seeds
+    identity: Any = None  # the folder, however it was named, and the seed
 
 
 def load(word: str) -> list[Team]:
@@ -47,7 +48,7 @@ def load(word: str) -> list[Team]:
         raise UserError(f"{word}: NAME of NAME=RUN must be a word without /")
     if source in SCRIPTS:
         return [Team(name or source, source, source, None, None)]
-    path = Path(source).resolve()
+    path = Path(source)
     if not (path / "config.json").is_file():
         raise UserError(f"{source} is no workdir of a run, nor one of {', '.join(SCRIPTS)}")
     config = configuration.saved(path / "config.json")
@@ -62,7 +63,15 @@ def load(word: str) -> list[Team]:
     training = {key: config[key] for key in ("steps", "envs")} | {"vae": config.vae.to_dict()}
     training["new policy"] = bool(config.init_from)  # whose VAE differs from seed to seed
     return [
-        Team(entry, f"{path}#{seed}", s.plan.setting, evaluation.learnt(params, k), where, training)
+        Team(
+            entry,
+            f"{path}#{seed}",
+            s.plan.setting,
+            evaluation.learnt(params, k),
+            where,
+            training,
+            (path.resolve(), seed),
+        )
         for k, seed in enumerate(s.seeds)
     ]
 
@@ -90,8 +99,8 @@ def tournament(
     for team in teams:
         entries.setdefault(team.entry, []).append(team)
     for name, found in entries.items():
-        names = [team.name for team in found]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
+        identities = [team.identity for team in found]
+        if twice := [team.name for team in found if identities.count(team.identity) > 1]:
             raise UserError(f"{twice[0]} is named twice; name each run once")
         learnt = lambda team: (team.player, team.training)
         if other := [team for team in found if learnt(team) != learnt(found[0])]:
@@ -185,7 +194,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
     ]
     for key, row in results.items():
         a, b = key.split("/")
-        spread = "one team each"
+        spread = "one team each" if row["teams"] * row["other_teams"] == 1 else "all alike"
         if "points_lo_teams" in row:
             spread = (
                 f"{row['points']:.2f} [{row['points_lo_teams']:.2f}, {row['points_hi_teams']:.2f}]"
