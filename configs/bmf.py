@@ -80,9 +80,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
     for name in ("step", "dead", "attack", "hit", "kill"):
         env[f"{name}_reward"] = config_dict.placeholder(float)
     config.envs = 4  # games of an update
-    config.micro_batches = (
-        1  # of the policy's update, a divisor of envs: less memory, the same update
-    )
+    # of the policy's update, a divisor of envs: less memory, the same update
+    config.micro_batches = 1
 
     # The VAE is trained before the policy, on the same rollouts; 0 updates: it is taken from init_from, or not needed.
     config.vae = vae = ConfigDict()
@@ -93,17 +92,14 @@ def get_config(size: str = "tiny") -> ConfigDict:
     vae.warmup = 60  # steps in which beta rises from 0; none with the official reduction
 
     config.eval = ConfigDict(dict(n=200, opponents=("random", "rush"), self_play=True))
-    config.eval.horizon = (
-        400  # steps of these games: the official code's, enough to hunt down who does not fight
-    )
+    # steps of these games: the official code's, enough to hunt down who does not fight
+    config.eval.horizon = 400
     config.eval.tie = "half"  # both: a tie counts as a win of both sides, as the MF-Q authors do
-    config.eval.noise = (
-        16  # games for critics with and without mean fields (evaluation.py); 0: none
-    )
-    config.typed = ConfigDict(
-        dict(seeds=0)
-    )  # the study with a closed form (typed.py), before training
-    config.collapse = ConfigDict(dict(steps=0))  # the study of the VAE's collapse (collapse.py)
+    # games for critics with and without mean fields (evaluation.py); 0: none
+    config.eval.noise = 16
+    # studies before training: with a closed form (typed.py), of the VAE's collapse (collapse.py)
+    config.typed = ConfigDict(dict(seeds=0))
+    config.collapse = ConfigDict(dict(steps=0))
     config.checkpoint = ConfigDict(dict(every=20, keep=1))
     config.log = ConfigDict(dict(every=1, tensorboard=True, curves=True))
     config.log.wandb = config_dict.placeholder(str)  # project name; needs the extra "wandb"
