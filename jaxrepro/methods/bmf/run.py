@@ -43,6 +43,8 @@ def run(
     with Run(config, workdir, resume=resume, profile=profile, show=SHOWN) as run:
         if run.finished:
             return run.results
+        if config.env.resolution != "sequential":
+            run.say(f"attacks are {config.env.resolution}: these are not MAgent2's rules")
         results: dict[str, float] = {}
         if n := config.typed.seeds:
             results |= run.once("typed", partial(typed.study, n, first=config.seed * n))

@@ -6,6 +6,8 @@ their seeds. Every pair of teams plays --games games, half of them with sides sw
 share of points against the column, with the 95 % interval (Wilson over games: it speaks of these trained teams). Beside
 it stands an interval over teams, as if both sides' seeds were drawn anew. Kills, ties and attacks of both sides show whether
 anybody fights.
+With runs of mf_ac_plus, or whichever entry --reach names, a last table says after how many games each run earned what those earn at
+their end (progress.py).
 """
 
 import argparse
@@ -22,9 +24,12 @@ from jaxrepro import config as configuration
 from jaxrepro import files, stats
 from jaxrepro.config import UserError
 from jaxrepro.exits import guard
-from jaxrepro.methods.bmf import arena, build, evaluation, run
+from jaxrepro.methods.bmf import arena, build, evaluation, progress, run
 from jaxrepro.methods.bmf.arena import Tally
 from jaxrepro.methods.bmf.rollout import SCRIPTS, Game, Learnt
+from jaxrepro.train import metrics
+
+REACH = "mf_ac_plus"  # whose final return the others are to reach
 
 
 class Team(NamedTuple):
@@ -136,13 +141,14 @@ def tournament(
 def numbers(
     found: dict[tuple[str, str], list[list[Tally]]], tie: str
 ) -> dict[str, dict[str, float]]:
-    """{"a/b": arena.numbers of all games, attack_rate of both sides, and points_lo_teams, points_hi_teams}."""
+    """{"a/b": arena.numbers of all games, attack_rate and return of both sides, and points_lo_teams, points_hi_teams}."""
     results = {}
     for (a, b), rows in found.items():
         every = arena.join([tally for row in rows for tally in row])
         result = arena.numbers(every, tie)
         result |= {"teams": float(len(rows)), "other_teams": float(len(rows[0]))}
-        result["other_attack_rate"] = arena.numbers(every.other(), tie)["attack_rate"]
+        other = arena.numbers(every.other(), tie)
+        result |= {f"other_{name}": other[name] for name in ("attack_rate", "return")}
         interval = over_teams([[tally.points(tie).mean() for tally in row] for row in rows])
         if interval.resolved:
             result |= {"points_lo_teams": interval.lo, "points_hi_teams": interval.hi}
@@ -189,8 +195,8 @@ def table(results: dict[str, dict[str, float]]) -> str:
         lines.append(f"| {a} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "| pair | games | kills | ties | attacks of actions | points, over teams |",
-        "|---" * 6 + "|",
+        "| pair | games | kills | reward of an agent | ties | attacks of actions | points, over teams |",
+        "|---" * 7 + "|",
     ]
     for key, row in results.items():
         a, b = key.split("/")
@@ -200,10 +206,20 @@ def table(results: dict[str, dict[str, float]]) -> str:
                 f"{row['points']:.2f} [{row['points_lo_teams']:.2f}, {row['points_hi_teams']:.2f}]"
             )
         lines.append(
-            f"| {a} : {b} | {row['n']:.0f} | {row['kills']:.1f} : {row['losses']:.1f} | {row['tie']:.0%} | "
+            f"| {a} : {b} | {row['n']:.0f} | {row['kills']:.1f} : {row['losses']:.1f} | "
+            f"{row['return']:.2f} : {row['other_return']:.2f} | {row['tie']:.0%} | "
             f"{row['attack_rate']:.0%} : {row['other_attack_rate']:.0%} | {spread} |"
         )
     return "\n".join(lines)
+
+
+def learning_curves(teams: Sequence[Team]) -> dict[str, list[progress.Curve]]:
+    """Entry -> the curves of its workdirs, one for all seeds of a workdir; those without metrics are left out."""
+    folders: dict[str, dict[Path, None]] = {}
+    for team in teams:
+        if team.identity and (team.identity[0] / metrics.FILE).is_file():
+            folders.setdefault(team.entry, {})[team.identity[0]] = None
+    return {entry: [progress.read(path) for path in found] for entry, found in folders.items()}
 
 
 def command(argv: Sequence[str]) -> None:
@@ -217,11 +233,28 @@ def command(argv: Sequence[str]) -> None:
         "--tie", choices=arena.TIES, default="half", help="what a tie counts (default: %(default)s)"
     )
     p.add_argument("--seed", type=int, default=0, help="of the games (default: %(default)s)")
+    p.add_argument(
+        "--reach",
+        metavar="ENTRY",
+        help=f"whose return the others are to reach (default: {REACH}, where it plays)",
+    )
     p.add_argument("--json", type=Path, help="where to write all numbers")
     flags = p.parse_args(argv)
     teams = [team for source in flags.runs for team in load(source)]
+    curves = learning_curves(teams)
+    reach = flags.reach or (REACH if REACH in curves else None)
+    if reach and reach not in curves:
+        raise UserError(
+            f"--reach={reach}: {', '.join(curves) or 'no entry'} learnt; name one that did"
+        )
     results = numbers(tournament(teams, games=flags.games, seed=flags.seed), flags.tie)
     print("\n" + table(results))
+    learnt = progress.compare(curves, reach) if reach else {}
+    if learnt:
+        print("\n" + progress.table(learnt, reach))
+    resolution = rules(teams)[0].resolution
+    if resolution != "sequential":
+        print(f"\nAttacks were {resolution}: these are not MAgent2's rules.")
     if flags.json:
         teams_of = {
             name: [t.name for t in teams if t.entry == name]
@@ -229,7 +262,14 @@ def command(argv: Sequence[str]) -> None:
         }
         files.write_json(
             flags.json,
-            {"teams": teams_of, "games": flags.games, "tie": flags.tie, "pairs": results},
+            {
+                "teams": teams_of,
+                "games": flags.games,
+                "tie": flags.tie,
+                "resolution": resolution,
+                "pairs": results,
+                "reach": {"entry": reach, "runs": learnt},
+            },
         )
 
 
