@@ -263,6 +263,7 @@ def command(argv: Sequence[str]) -> None:
         files.write_json(
             flags.json,
             {
+                "commit": files.commit(),
                 "teams": teams_of,
                 "games": flags.games,
                 "tie": flags.tie,
